@@ -1,0 +1,1 @@
+"""The synchronous engine: scheduling, packed steps, updates. One thread, no I/O, no asyncio."""

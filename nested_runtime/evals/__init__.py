@@ -1,0 +1,1 @@
+"""Evaluations against a checkpoint or a running server."""

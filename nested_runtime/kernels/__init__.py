@@ -1,0 +1,1 @@
+"""Pure operations: tensors in, tensors out, pools updated in place."""

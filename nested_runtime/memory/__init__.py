@@ -1,0 +1,1 @@
+"""Update rules: the inner loops that learn at test time."""

@@ -1,0 +1,1 @@
+"""What a session is as tensors: specs, slots, snapshots and their bytes."""

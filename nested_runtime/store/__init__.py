@@ -1,0 +1,1 @@
+"""Session stores: versioned bytes, leases, compare-and-set. No torch."""

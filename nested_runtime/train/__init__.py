@@ -1,0 +1,1 @@
+"""Training: dialogues, data, the trainer."""
