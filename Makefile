@@ -1,0 +1,93 @@
+# Everything a contributor runs. `make` alone lists the targets. CI runs `make test`.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=#          e.g. --extra-index-url https://download.pytorch.org/whl/cpu where the default torch is a CUDA build
+ARGS ?=#              passed on: make run ARGS="--port 9000", make test ARGS="-k store"
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+PYTHON_FILES := nested_runtime server clients tests benchmarks
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python 3.11 or set PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else f"make: Python {v} is too old; install 3.11 or set PYTHON=/path/to/python")'
+	"$(PYTHON)" -m venv $(VENV)
+
+# Two stamps: serving needs less than testing. Each is renewed when pyproject.toml changes.
+$(VENV)/.installed-serve: pyproject.toml | $(BIN)/python
+	@echo "Installing the server into $(VENV) (torch is about 200 MB; a minute or two the first time)"
+	$(PIP) -e '.[serve,demo]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	@echo "Installing server, training and test tools into $(VENV)"
+	$(PIP) -e '.[serve,train,demo,test]'
+	@touch $@ $(VENV)/.installed-serve
+
+.PHONY: venv
+venv: $(VENV)/.installed-test ## create .venv with everything for development
+
+.PHONY: run
+run: $(VENV)/.installed-serve ## serve the shipped model on 127.0.0.1:8000
+	@exec $(BIN)/nested-serve $(ARGS)
+
+.PHONY: demo
+demo: $(VENV)/.installed-serve ## teach six facts, SIGKILL, restart, ask again
+	@$(BIN)/python -m clients.demo $(ARGS)
+
+.PHONY: fmt
+fmt: venv ## format and apply safe fixes
+	@$(BIN)/ruff check --fix --quiet $(PYTHON_FILES) || true
+	@$(BIN)/ruff format $(PYTHON_FILES)
+
+.PHONY: lint
+lint: venv ## ruff: rules and formatting; import contracts
+	@$(BIN)/ruff check $(PYTHON_FILES)
+	@$(BIN)/ruff format --check $(PYTHON_FILES)
+	@$(BIN)/lint-imports
+
+.PHONY: types
+types: venv ## mypy --strict
+	@$(BIN)/mypy
+
+# The store tests want a real redis-server. Without one they skip, visibly; they are never replaced by a fake.
+.PHONY: redis
+redis:
+	@command -v redis-server >/dev/null && exit 0; \
+	as_root=""; test "$$(id -u)" = 0 || as_root="sudo -n"; \
+	if command -v apt-get >/dev/null && { test -z "$$as_root" || sudo -n true 2>/dev/null; }; then \
+		echo "Installing redis-server with apt"; \
+		$$as_root apt-get update -qq >/dev/null && \
+		$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server >/dev/null && exit 0; \
+	fi; \
+	echo "WARNING: no redis-server and no way to install it here: the Redis tests will be skipped" >&2
+
+.PHONY: pytest
+pytest: venv redis
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+.PHONY: test
+test: lint types pytest ## lint, types, import contracts, then every test
+
+.PHONY: bench
+bench: venv ## measure; numbers to stdout
+	@found=0; for file in benchmarks/bench_*.py; do \
+		test -e "$$file" || continue; found=1; echo "== $$file"; $(BIN)/python "$$file" $(ARGS); \
+	done; test $$found = 1 || echo "no benchmarks/bench_*.py yet"
+
+.PHONY: docs
+docs: venv ## check that README and docs name only what exists
+	@$(BIN)/pytest -q tests/meta -k docs
+
+.PHONY: clean
+clean: ## remove the environment and every cache
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
