@@ -1,0 +1,146 @@
+"""Memory dialogues: deterministic, disjoint between splits, and honest about what was told."""
+
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nested_runtime.train import dialogues, phrasing, values
+
+SPLITS = values.SPLITS
+SEEDS = st.integers(0, 2**32 - 1)
+STAGES = st.sampled_from([0.0, 0.3, 0.6, 1.0])
+
+
+def make(seed: int, split: str = "train", n: float = 1.0) -> dialogues.Dialogue:
+    return dialogues.generate(random.Random(seed), split, dialogues.stage(n))
+
+
+def drills_and_dialogues(seed: int, split: str, n: float) -> Iterator[dialogues.Dialogue]:
+    yield make(seed, split, n)
+    yield dialogues.copy_drill(random.Random(seed), split)
+
+
+@given(SEEDS, st.sampled_from(SPLITS), STAGES)
+@settings(max_examples=60, deadline=None)
+def test_a_seed_gives_one_dialogue(seed: int, split: str, n: float) -> None:
+    assert list(drills_and_dialogues(seed, split, n)) == list(drills_and_dialogues(seed, split, n))
+
+
+@given(SEEDS, st.sampled_from(SPLITS), STAGES)
+@settings(max_examples=300, deadline=None)
+def test_roles_alternate_and_answers_hold_the_value(seed: int, split: str, n: float) -> None:
+    for dialogue in drills_and_dialogues(seed, split, n):
+        assert [m.role for m in dialogue.messages] == ["user", "assistant"] * (len(dialogue.messages) // 2)
+        assert all(m.content == "".join(s.text for s in m.spans) and m.content.strip() for m in dialogue.messages)
+        for probe in dialogue.probes:
+            answer = dialogue.messages[probe.turn + 1]
+            assert probe.expected in answer.content
+            if probe.expected:
+                heavy = [s.text for s in answer.spans if s.weight == dialogues.W_VALUE]
+                assert [text.strip() for text in heavy] == [probe.expected]
+            assert probe.expected not in probe.others
+
+
+@given(SEEDS, st.sampled_from(SPLITS), STAGES)
+@settings(max_examples=300, deadline=None)
+def test_a_value_is_told_first_and_the_newest_wins(seed: int, split: str, n: float) -> None:
+    dialogue = make(seed, split, n)
+    texts = [m.content.lower() for m in dialogue.messages]
+    for probe in dialogue.probes:
+        if probe.kind == "unknown":
+            continue
+        told = probe.turn - 2 * probe.distance
+        value = probe.expected.lower()
+        assert value in texts[told]
+        assert not any(dialogues.mentions(text, value) for text in texts[:told])
+
+
+@given(SEEDS, STAGES)
+@settings(max_examples=200, deadline=None)
+def test_unknown_probes_were_never_told(seed: int, n: float) -> None:
+    writer = dialogues._Writer(random.Random(seed), "train", dialogues.DialogueSpec(p_unknown=0.5), ())
+    dialogue = writer.write()
+    told = {fact.relation.name for fact in writer.facts if not fact.ident[1:]}
+    for probe in dialogue.probes:
+        if probe.kind == "unknown":
+            assert probe.expected == "" and probe.relation not in told
+            assert not phrasing.conflicts()[probe.relation] & told
+            reply = dialogue.messages[probe.turn + 1].content.lower()
+            assert not any(dialogues.mentions(reply, other.lower()) for other in probe.others)
+    assert len(writer.idents) >= len(writer.facts)
+
+
+def test_phrasings_of_the_user_belong_to_one_split() -> None:
+    for relation in phrasing.relations().values():
+        for lists in (relation.tells, relation.asks, relation.corrections):
+            texts = {split: {t.text for t in lists[split]} for split in SPLITS}
+            if len(set.union(*texts.values())) >= 6:
+                assert sum(map(len, texts.values())) == len(set.union(*texts.values())), relation.name
+            assert all(texts.values())
+
+
+@given(SEEDS)
+@settings(max_examples=100, deadline=None)
+def test_values_belong_to_one_split(seed: int) -> None:
+    rng = random.Random(seed)
+    for split in SPLITS:
+        drawer = values.Values(split)
+        for kind in drawer.kinds() - values.CLOSED:
+            assert values.split_of(drawer.draw(kind, rng), "value") == split
+
+
+@pytest.mark.parametrize("kind", ["name", "place", "invented", "any", "code", "title", "job"])
+def test_values_are_too_many_to_be_learned_by_heart(kind: str) -> None:
+    rng, drawer = random.Random(0), values.Values("train")
+    drawn = [drawer.draw(kind, rng) for _ in range(2000)]
+    assert len(set(drawn)) > 700
+
+
+def test_corrections_unknowns_and_noise_occur() -> None:
+    kinds = {probe.kind for seed in range(60) for probe in make(seed).probes}
+    assert kinds == {"recall", "update", "unknown"}
+
+
+def test_small_talk_is_taken_from_the_chats_handed_in() -> None:
+    chats = [[("Nice day.", "It is."), ("Bye.", "See you.")]]
+    texts = {m.content for seed in range(30) for m in
+             dialogues.generate(random.Random(seed), "train", dialogues.stage(1), chats).messages}  # fmt: skip
+    assert {"Nice day.", "It is."} <= texts
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"value": "nonsense"}, "value"), ({"tells": ["My dog is {x}."]}, "tells"), ({"asks": []}, "asks"),
+     ({"acks": ["Okay"], "extra": "x"}, "extra"), ({"subjects": "planetoid"}, "subjects"),
+     ({"asks": ["Is it {v}?"]}, "asks"), ({"answers": ["Yes."]}, "answers")],
+)  # fmt: skip
+def test_a_wrong_relation_is_named(change: dict[str, object], field: str) -> None:
+    table: dict[str, object] = {
+        "value": "name", "subjects": "", "tells": ["My dog is {v}."], "asks": ["What is my dog called?"],
+        "acks": ["Okay, {v}."], "answers": ["It is {v}."], "corrections": ["Now {v}, not {old}."], "unknowns": ["No idea."],
+    }  # fmt: skip
+    phrasing.parse_relation("dog", table, "x.toml")
+    with pytest.raises(ValueError, match=rf"x\.toml: relation 'dog': field '{field}'"):
+        phrasing.parse_relation("dog", table | change, "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "said"),
+    [("I am a {v}.", "engineer", "I am an engineer."), ("An {v} is here.", "dog", "A dog is here."),
+     ("It is an {v}.", "owl", "It is an owl."), ("I like {v}.", "art", "I like art."),
+     ("Panama {v}.", "owl", "Panama owl.")],
+)  # fmt: skip
+def test_articles_follow_the_value(text: str, value: str, said: str) -> None:
+    assert phrasing.Template.parse(text).render({"v": value}) == said
+
+
+def test_generation_is_fast() -> None:
+    make(0)
+    start = time.process_time()
+    for seed in range(200):
+        make(seed)
+    assert 200 / (time.process_time() - start) > 100
