@@ -18,7 +18,15 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from typing import Any, Self
 
-from nested_runtime.errors import ConfigError, LeaseLost, NotFound, RequestError, SessionBusy, StoreUnavailable
+from nested_runtime.errors import (
+    ConfigError,
+    LeaseLost,
+    NotFound,
+    RequestError,
+    SessionBusy,
+    StateError,
+    StoreUnavailable,
+)
 from nested_runtime.store import blob as envelope
 from nested_runtime.store.records import (
     Draft,
@@ -112,9 +120,41 @@ class StateStore(ABC):
     async def ping(self) -> None:
         """Return if the store answers, raise StoreUnavailable if not."""
 
-    @abstractmethod
     async def fsck(self) -> list[str]:
         """Check everything stored, checksums included; one line per problem, empty = healthy."""
+        problems, cursor = await self._fsck(), None
+        while True:
+            page = await self.sessions(cursor=cursor)
+            for info in page.sessions:
+                problems += await self._check_session(info.key)
+            if page.cursor is None:
+                return problems
+            cursor = page.cursor
+
+    async def _fsck(self) -> list[str]:
+        """Checks of this kind of store, beside those of each session."""
+        return []
+
+    async def _check_session(self, key: SessionKey) -> list[str]:
+        problems = []
+        name = f"{key.tenant!r}/{key.session!r}"
+        versions = await self.versions(key)
+        kept = {version.number for version in versions}
+        for version in versions:
+            try:
+                found = await self._load(key, version.number, None)
+                if found is None:
+                    if version.number in {later.number for later in await self.versions(key)}:
+                        problems.append(f"{name} version {version.number}: state is missing")
+                elif found[0] != version or len(found[1]) != version.size:
+                    problems.append(f"{name} version {version.number}: size or record differ")
+                else:
+                    context = _context(key, version.number)
+                    await asyncio.to_thread(envelope.unpack, found[1], context, max_bytes=self.limits.state_bytes)
+            except StateError as error:
+                problems.append(f"{name} version {version.number}: {error}")
+        missing = [snapshot for snapshot in await self.snapshots(key) if snapshot.version not in kept]
+        return problems + [f"{name} snapshot {s.id}: version {s.version} is missing" for s in missing]
 
     # ---- leases -----------------------------------------------------------------------------------------------------
 
@@ -125,6 +165,8 @@ class StateStore(ABC):
         """
         if not ttl > 0:
             raise RequestError(f"lease ttl is {ttl!r}; give seconds over 0", param="ttl")
+        if self.ttl is not None and ttl > self.ttl:
+            raise ConfigError(f"lease ttl {ttl:g} is over the sessions' ttl {self.ttl:g}; a running turn could expire")
         loop = asyncio.get_running_loop()
         deadline, delay = loop.time() + max(wait, 0.0), 0.005
         try:

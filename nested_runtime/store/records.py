@@ -109,7 +109,7 @@ class Version(Draft):
 
 @dataclass(frozen=True)
 class Lease:
-    """The exclusive right to commit to a session until `expires` (the store's clock). `fence` grows with every lease."""
+    """The exclusive right to commit to a session until `expires` (store's clock). `fence` grows with every lease."""
 
     key: SessionKey
     fence: int
