@@ -7,7 +7,7 @@ Field comments name who sets a field. Lengths are named by where the tokens are:
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +67,10 @@ class Sequence:
     state: Mapping[str, torch.Tensor] | None = None  # caller: start state, None = fresh (zeros) or `fork_of`
     keep_state: bool = False  # caller: return the state when finished (sessions); False = thrown away
     keep_state_at_prompt: bool = False  # caller: return the state as it was when the prompt was read (learn="prompt")
+    stop_check: Callable[[int], bool] | None = None  # caller: engine thread asks it once per new token; True = stop here
+    fork_of: str | None = None  # caller: a sequence submitted before, same prompt and start; its prefill is shared
+    cache_key: tuple[str, ...] | None = None  # caller: (tenant, start state ...) for the prefix cache; None = off
+    cache_points: tuple[int, ...] = ()  # caller: prompt lengths worth caching (ends of messages)
     slot: int = 0  # engine: 0 = not admitted
     num_done: int = 0  # engine: tokens of prompt + output in the state
     output: list[int] = field(default_factory=list)  # engine: sampled tokens; the last one is never in the state

@@ -1,0 +1,338 @@
+"""Engine: sequences in, tokens and states out. Synchronous, one thread, no I/O.
+
+    engine.submit(sequence)
+    while engine.has_work:
+        for event in engine.step(): ...
+
+A step admits, plans, runs one packed forward pass, samples, and ends the sequences that are done. Whether a sequence
+stops is decided inside the step, so its final state is a function of its tokens and never of timing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from nested_runtime.core import FinishReason, Sequence, TokenEvent, TokenLogprobs, TurnResult
+from nested_runtime.engine.job import Job
+from nested_runtime.engine.prefix import PrefixCache
+from nested_runtime.engine.runner import Runner, Span
+from nested_runtime.engine.scheduler import Scheduler
+from nested_runtime.errors import RequestError, UpdateDiverged
+from nested_runtime.models.base import LanguageModel
+from nested_runtime.sampling import Chooser, choose, token_logprobs, validate
+from nested_runtime.state.pool import SlotPool, check_state
+from nested_runtime.state.spec import TensorSpec
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Runs sequences of one model over `capacity` slots.
+
+    end_tokens          ids that end a reply unless params.ignore_eos
+    max_batch_tokens    tokens of one step (see Scheduler); max_queue: sequences that may wait for a slot
+    prefix_cache_bytes  host memory for states after prompt prefixes; 0 = off
+    State tensors are what `model.state_spec()` says; a float64 model gets float64 states.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        capacity: int = 16,
+        end_tokens: Collection[int] = (),
+        max_batch_tokens: int = 512,
+        max_queue: int = 256,
+        prefix_cache_bytes: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model.eval()
+        self.end_tokens = frozenset(end_tokens)
+        self.specs = _specs(model)
+        self.pool = SlotPool(self.specs, capacity, device)
+        quantum = min(max_batch_tokens, model.chunk * max(1, 64 // model.chunk))
+        self.scheduler = Scheduler(max_batch_tokens=max_batch_tokens, max_queue=max_queue, quantum=quantum)
+        self.runner = Runner(model, self.pool, max_tokens=max_batch_tokens + capacity, max_sequences=capacity)
+        self.prefixes = PrefixCache(model.chunk, prefix_cache_bytes)
+        self._jobs: dict[str, Job] = {}
+        self._events: list[TokenEvent] = []
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_sampled_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to say."""
+        return bool(self._jobs or self._events)
+
+    def validate(self, sequence: Sequence) -> None:
+        """Raise RequestError or StateError if the sequence cannot run. Safe to call from any thread."""
+        validate(sequence.params, self.model.vocab_size)
+        if not sequence.prompt:
+            raise RequestError("the prompt has no tokens; give at least one", param="prompt")
+        for token in sequence.prompt:
+            if not 0 <= token < self.model.vocab_size:
+                raise RequestError(f"token id {token} is not in 0..{self.model.vocab_size - 1}", param="prompt")
+        if sequence.position < 0:
+            raise RequestError(f"position must be >= 0, got {sequence.position}", param="position")
+        if sequence.state is not None:
+            check_state(self.specs, sequence.state)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. RequestError: it cannot run, or its id is taken; Overloaded: the queue is full."""
+        self.validate(sequence)
+        if sequence.id in self._jobs:
+            raise RequestError(f"a sequence with id {sequence.id!r} is already running; ids must be unique", param="id")
+        job = Job(sequence, Chooser(sequence.params, sequence.prompt, self.end_tokens), sequence.state)
+        leader = self._jobs.get(sequence.fork_of or "")
+        if leader is not None and leader.leader is not None:
+            leader = leader.leader
+        if leader is not None and _can_fork(leader, sequence):
+            _follow(job, leader)
+        else:
+            self.scheduler.add(job)
+        self._jobs[sequence.id] = job
+
+    def abort(self, sequence_id: str) -> None:
+        """Stop a sequence now: its slot is zeroed, no state is returned. Unknown ids are ignored."""
+        job = self._jobs.get(sequence_id)
+        if job is not None:
+            self._end(job, FinishReason.ABORT)
+
+    def finish(self, sequence_id: str) -> None:
+        """End a sequence well: no further token is sampled, an unread prompt is still read, the state is returned."""
+        job = self._jobs.get(sequence_id)
+        if job is not None:
+            job.finishing = True
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step and return what happened since the last call."""
+        for job in [job for job in self.scheduler.running if job.finishing and not job.is_prefilling]:
+            self._complete(job, FinishReason.STOP)
+        while self.scheduler.waiting and self.pool.num_free:
+            self._start(self.scheduler.admit())
+        plan = self.scheduler.plan()
+        if plan:
+            self._run(plan)
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges and counters."""
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self._jobs) - len(self.scheduler.running),
+            "slots": self.pool.capacity,
+            "slots_free": self.pool.num_free,
+            "steps": self._num_steps,
+            "prompt_tokens": self._num_prompt_tokens,
+            "sampled_tokens": self._num_sampled_tokens,
+            "prefix_queries": self.prefixes.num_queries,
+            "prefix_hits": self.prefixes.num_hits,
+            "prefix_hit_tokens": self.prefixes.num_hit_tokens,
+            "prefix_bytes": self.prefixes.states.num_bytes,
+        }
+
+    def _start(self, job: Job) -> None:
+        """Give an admitted job its slot, with the longest known prefix of its prompt in it."""
+        sequence = job.sequence
+        sequence.slot = self.pool.acquire()
+        if not sequence.num_done:
+            job.cache_keys = self.prefixes.keys(sequence)
+            length, state = self.prefixes.find(job.cache_keys)
+            if state is not None:
+                sequence.num_done, job.state = length, state
+            for point in self.prefixes.points(sequence, job.cache_keys):
+                job.add_cut(point)
+        if job.state is not None:
+            self.pool.load(sequence.slot, job.state)
+            job.state = None
+        self._pass_cuts(job)
+
+    def _run(self, plan: list[tuple[Job, int]]) -> None:
+        spans = [_span(job, num_new) for job, num_new in plan]
+        try:
+            output = self.runner.step(spans)
+        except Exception as error:  # noqa: BLE001 - whatever the model raised, no state of this step can be trusted
+            for job, _ in plan:
+                self._fail(job, error)
+            return
+        self._num_steps += 1
+        sampling: list[tuple[Job, torch.Tensor]] = []
+        for index, ((job, num_new), rows) in enumerate(zip(plan, output.logits, strict=True)):
+            if index in output.bad:
+                self._fail(job, _diverged(job))
+                continue
+            was_prefilling = job.is_prefilling
+            job.sequence.num_done += num_new
+            if was_prefilling:
+                self._num_prompt_tokens += num_new
+                self._advance_prompt(job, num_new, rows)
+            if job.sequence.slot and not job.is_prefilling:
+                sampling.append((job, rows[-1:]))
+        self._sample([(job, row) for job, row in sampling if job.wants_token])
+        for job, _ in sampling:
+            if not job.sequence.output:
+                self._complete(job, FinishReason.STOP if job.finishing else FinishReason.LENGTH)
+
+    def _advance_prompt(self, job: Job, num_new: int, rows: torch.Tensor) -> None:
+        """Bookkeeping after prompt tokens were read: log-probabilities, cuts, the state at the prompt's end."""
+        sequence = job.sequence
+        if sequence.params.prompt_logprobs is not None:
+            first = sequence.num_done - num_new + 1
+            targets = sequence.prompt[first : sequence.num_done + 1]
+            counts = [sequence.params.prompt_logprobs] * len(targets)
+            job.prompt_logprobs += token_logprobs(rows[: len(targets)], targets, counts)
+        self._pass_cuts(job)
+        if sequence.keep_state_at_prompt and sequence.slot and not job.is_prefilling:
+            if self.pool.is_finite(sequence.slot):
+                sequence.prompt_state = self.pool.save(sequence.slot)
+            else:
+                self._fail(job, _diverged(job))
+
+    def _pass_cuts(self, job: Job) -> None:
+        """Keep the state where it was asked for: in the prefix cache, and for the forks that wait for it."""
+        sequence = job.sequence
+        is_fork_point = bool(job.followers) and sequence.num_done == len(sequence.prompt) - 1
+        is_new_cut = bool(job.cuts) and job.cuts[0] == sequence.num_done
+        if not is_new_cut and not is_fork_point:
+            return
+        if not self.pool.is_finite(sequence.slot):
+            self._fail(job, _diverged(job))
+            return
+        state = self.pool.save(sequence.slot)
+        if is_new_cut:
+            del job.cuts[0]
+        if sequence.num_done in job.cache_keys:
+            self.prefixes.states.put(job.cache_keys[sequence.num_done], state)
+        if is_fork_point:
+            for follower in reversed(job.followers):
+                follower.leader, follower.state = None, state
+                follower.sequence.num_done = sequence.num_done
+                follower.prompt_logprobs = list(job.prompt_logprobs)
+                self.scheduler.add(follower, first=True)
+            job.followers = []
+
+    def _sample(self, work: list[tuple[Job, torch.Tensor]]) -> None:
+        if not work:
+            return
+        jobs = [job for job, _ in work]
+        logits = torch.cat([row for _, row in work])
+        tokens = choose(logits, [job.chooser for job in jobs])
+        logprobs = token_logprobs(logits, tokens, [job.sequence.params.logprobs for job in jobs])
+        self._num_sampled_tokens += len(tokens)
+        for job, token, logprob in zip(jobs, tokens, logprobs, strict=True):
+            job.sequence.output.append(token)
+            try:
+                reason = self._stop_reason(job, token)
+            except Exception as error:  # noqa: BLE001 - the caller's code failed: this sequence's trouble alone
+                self._fail(job, error)
+                continue
+            if reason is None:
+                self._emit(job, token=token, logprobs=logprob)
+            else:
+                self._complete(job, reason, token, logprob)
+
+    def _stop_reason(self, job: Job, token: int) -> FinishReason | None:
+        sequence = job.sequence
+        params = sequence.params
+        stops = sequence.stop_check is not None and sequence.stop_check(token)
+        stops = stops or (token in self.end_tokens and not params.ignore_eos) or token in params.stop_token_ids
+        if stops and len(sequence.output) >= params.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(sequence.output) >= params.max_tokens else None
+
+    def _complete(
+        self, job: Job, reason: FinishReason, token: int | None = None, logprobs: TokenLogprobs | None = None
+    ) -> None:
+        """End a job whose reply is whole, with the state it asked to keep."""
+        sequence = job.sequence
+        result: TurnResult | None = None
+        if sequence.keep_state_at_prompt and sequence.prompt_state is not None:
+            result = TurnResult(sequence.prompt_state, sequence.position + len(sequence.prompt), None)
+        elif sequence.keep_state:
+            if not self.pool.is_finite(sequence.slot):
+                self._fail(job, _diverged(job))
+                return
+            pending = sequence.output[-1] if sequence.output else None
+            result = TurnResult(self.pool.save(sequence.slot), job.place, pending)
+        self._end(job, reason, token=token, logprobs=logprobs, result=result)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._end(job, FinishReason.ERROR, error=error)
+
+    def _end(self, job: Job, reason: FinishReason, **fields: Any) -> None:
+        """Take a job out of the engine, zero its slot, hand its forks to the first of them, say so."""
+        del self._jobs[job.sequence.id]
+        self.scheduler.remove(job)
+        if job.sequence.slot:
+            self.pool.release(job.sequence.slot)
+            job.sequence.slot = 0
+        if job.leader is not None:
+            job.leader.followers.remove(job)
+        if job.followers:
+            heir, *others = job.followers
+            heir.leader = None
+            self.scheduler.add(heir, first=True)
+            for other in others:
+                _follow(other, heir)
+        self._emit(job, finish=reason, **fields)
+
+    def _emit(self, job: Job, **fields: Any) -> None:
+        if job.is_silent and job.sequence.params.prompt_logprobs is not None and "error" not in fields:
+            fields["prompt_logprobs"] = (None, *job.prompt_logprobs)
+        job.is_silent = False
+        self._events.append(TokenEvent(job.sequence.id, **fields))
+
+
+def _specs(model: LanguageModel) -> tuple[TensorSpec, ...]:
+    """The model's state tensors, floats widened to float64 for a float64 model."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.dtype != torch.float64:
+        return model.state_spec()
+    return tuple(
+        dataclasses.replace(spec, dtype=torch.float64) if spec.dtype.is_floating_point else spec
+        for spec in model.state_spec()
+    )
+
+
+def _span(job: Job, num_new: int) -> Span:
+    """The job's part of a step, asking for logits where prompt log-probabilities or a sampled token need them."""
+    sequence = job.sequence
+    end = num_new
+    if num_new == job.num_unread:
+        end = num_new if job.wants_token else num_new - 1
+        first = num_new - 1
+    else:
+        first = num_new
+    if job.is_prefilling and sequence.params.prompt_logprobs is not None:
+        first = 0
+    return Span(sequence.slot, job.place, job.next_tokens(num_new), range(min(first, end), end))
+
+
+def _can_fork(leader: Job, sequence: Sequence) -> bool:
+    """Whether the leader will pass the point before the last prompt token, on the same way from the same start."""
+    first = leader.sequence
+    is_ahead = first.num_done < len(first.prompt) - 1
+    is_same_start = first.position == sequence.position and first.state is sequence.state
+    needs_all = sequence.params.prompt_logprobs == first.params.prompt_logprobs
+    return is_ahead and is_same_start and needs_all and first.prompt == sequence.prompt
+
+
+def _follow(job: Job, leader: Job) -> None:
+    job.leader = leader
+    leader.followers.append(job)
+    leader.add_cut(len(leader.sequence.prompt) - 1)
+
+
+def _diverged(job: Job) -> UpdateDiverged:
+    sequence = job.sequence
+    return UpdateDiverged(
+        f"sequence {sequence.id!r} became non-finite between session tokens {sequence.position} and "
+        f"{sequence.position + len(sequence.prompt) + len(sequence.output)}; its state was dropped and the session "
+        "keeps its old version"
+    )

@@ -1,0 +1,103 @@
+"""Runner: one packed forward pass over the slots of a pool, and which sequences came out of it non-finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from nested_runtime.core import Batch
+from nested_runtime.models.base import LanguageModel
+from nested_runtime.state.pool import SlotPool
+
+__all__ = ["Runner", "Span", "StepOutput"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one sequence reads in a step.
+
+    rows: offsets into `tokens` whose next-token logits are wanted, ascending
+    """
+
+    slot: int
+    position: int
+    tokens: list[int]
+    rows: range
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """logits: per span [rows, V] float32 on CPU; bad: indices of spans with non-finite results."""
+
+    logits: list[torch.Tensor]
+    bad: set[int]
+
+
+class Runner:
+    """Packs spans into persistent buffers and runs the model on them.
+
+    max_tokens, max_sequences: the most one step may hold
+    """
+
+    def __init__(self, model: LanguageModel, pool: SlotPool, *, max_tokens: int, max_sequences: int) -> None:
+        self.model = model
+        self.pool = pool
+        self.device = next(iter(pool.tensors.values())).device if pool.tensors else torch.device("cpu")
+        pin = self.device.type == "cuda"
+        self._token_ids = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=pin)
+        self._cu_seqlens = torch.zeros(max_sequences + 1, dtype=torch.int32, pin_memory=pin)
+        self._slots = torch.zeros(max_sequences, dtype=torch.int32, pin_memory=pin)
+        self._positions = torch.zeros(max_sequences, dtype=torch.int64, pin_memory=pin)
+
+    @torch.inference_mode()
+    def step(self, spans: list[Span]) -> StepOutput:
+        """Read the spans; the pool's slots are updated in place."""
+        for span in spans:
+            self.pool.mark_dirty(span.slot)
+        hidden = self.model(self._pack(spans), self.pool.tensors)
+        logits = self._logits(hidden, spans)
+        bad = {*_bad(_pieces(hidden, [len(span.tokens) for span in spans])), *_bad(logits)}
+        return StepOutput(logits, bad)
+
+    def _logits(self, hidden: torch.Tensor, spans: list[Span]) -> list[torch.Tensor]:
+        """Next-token logits of the wanted rows of hidden [T, D], span by span."""
+        wanted: list[int] = []
+        start = 0
+        for span in spans:
+            wanted += [start + row for row in span.rows]
+            start += len(span.tokens)
+        if not wanted:
+            return [torch.empty(0, self.model.vocab_size)] * len(spans)
+        logits = self.model.logits(hidden[torch.tensor(wanted, device=self.device)]).to("cpu", torch.float32)
+        return _pieces(logits, [len(span.rows) for span in spans])
+
+    def _pack(self, spans: list[Span]) -> Batch:
+        tokens = [token for span in spans for token in span.tokens]
+        ends = [0]
+        for span in spans:
+            ends.append(ends[-1] + len(span.tokens))
+        return Batch(
+            token_ids=self._fill(self._token_ids, tokens),
+            cu_seqlens=self._fill(self._cu_seqlens, ends),
+            slots=self._fill(self._slots, [span.slot for span in spans]),
+            positions=self._fill(self._positions, [span.position for span in spans]),
+        )
+
+    def _fill(self, buffer: torch.Tensor, values: list[int]) -> torch.Tensor:
+        view = buffer[: len(values)]
+        view.copy_(torch.tensor(values, dtype=buffer.dtype))
+        return view.to(self.device, non_blocking=True)
+
+
+def _pieces(rows: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    """Views of consecutive rows, one per length."""
+    ends = list(accumulate(lengths))
+    return [rows[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def _bad(pieces: list[torch.Tensor]) -> list[int]:
+    """Indices of the pieces with a NaN or an infinity."""
+    # A sum is finite whenever all terms are, unless it overflows: only then look at every element.
+    return [i for i, piece in enumerate(pieces) if not (bool(piece.sum().isfinite()) or bool(piece.isfinite().all()))]

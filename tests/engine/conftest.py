@@ -1,0 +1,79 @@
+"""A small model family whose state mixes tokens, session position and a chunk clock: it notices every wrong schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import nn
+
+from nested_runtime.core import Batch
+from nested_runtime.models.base import LanguageModel, Pool
+from nested_runtime.state.spec import TensorSpec
+
+
+class GatedCounter(LanguageModel):
+    """h <- g(x, position) h + x, copied to `anchor` at chunk ends; `window` holds the last two tokens' embeddings."""
+
+    vocab_size = 40
+    chunk = 4
+    width = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.embedding = nn.Parameter(torch.randn(self.vocab_size, self.width, generator=generator))
+        self.gate = nn.Parameter(torch.randn(self.width, self.width, generator=generator) * 0.5)
+        self.head = nn.Parameter(torch.randn(self.width, self.vocab_size, generator=generator))
+        self.poison: int | None = None  # a token whose hidden state is NaN
+        self.crash: int | None = None  # a token that makes forward raise
+        self.num_read = 0
+
+    def state_spec(self) -> tuple[TensorSpec, ...]:
+        return (
+            TensorSpec("live", (self.width,)),
+            TensorSpec("anchor", (self.width,)),
+            TensorSpec("window", (2, self.width)),
+            TensorSpec("count", (1,), torch.int64, "count"),
+        )
+
+    def step(self, token: int, position: int, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = self.embedding[token]
+        gate = torch.sigmoid(x @ self.gate + 0.1 * (position % 7))
+        state["live"] = gate * state["live"] + x + 0.3 * state["window"].mean(0) + 0.1 * state["anchor"]
+        state["window"] = torch.stack([state["window"][1], x])
+        state["count"] = state["count"] + 1
+        if (position + 1) % self.chunk == 0:
+            state["anchor"] = state["live"].tanh()
+        return state["live"].tanh() + 0.1 * state["anchor"]
+
+    def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
+        tokens = batch.token_ids.tolist()
+        if self.crash in tokens:
+            raise RuntimeError("the model failed")
+        self.num_read += len(tokens)
+        rows = []
+        ends = batch.cu_seqlens.tolist()
+        for b, (slot, position) in enumerate(zip(batch.slots.tolist(), batch.positions.tolist(), strict=True)):
+            state = {name: tensor[slot].clone() for name, tensor in pool.items()}
+            for offset, token in enumerate(tokens[ends[b] : ends[b + 1]]):
+                hidden = self.step(token, position + offset, state)
+                rows.append(hidden * float("nan") if token == self.poison else hidden)
+            for name, tensor in pool.items():
+                tensor[slot] = state[name]
+        return torch.stack(rows)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden @ self.head).float()
+
+    def scan(
+        self, tokens: torch.Tensor, state: Mapping[str, torch.Tensor] | None, position: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="session")
+def make_counter() -> Callable[[], GatedCounter]:
+    """Builds equal float64 models."""
+    return lambda: GatedCounter().double()
