@@ -73,7 +73,19 @@ class _Worker:
             with transaction(self._connection, self.begin) as connection:
                 return work(connection)
 
+    async def truncate_log(self) -> None:
+        """Move the log's pages into the file and empty it; left for later while a reader still needs it."""
+
+        def work() -> None:
+            with translated(self.path):
+                if self._connection is not None:
+                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
     async def close(self) -> None:
+        """Disconnect and end the thread, after what is queued."""
+
         def disconnect() -> None:
             if self._connection is not None:
                 self._connection.close()
@@ -157,7 +169,9 @@ class SqliteStore(StateStore):
     async def _try_lease(self, key: SessionKey, ttl: float) -> Lease | None:
         def work(db: sqlite3.Connection) -> Lease | None:
             now, name = self._clock(), (key.tenant, key.session)
-            if db.execute("SELECT 1 FROM leases WHERE tenant = ? AND session = ? AND expires > ?", (*name, now)).fetchone():
+            if db.execute(
+                "SELECT 1 FROM leases WHERE tenant = ? AND session = ? AND expires > ?", (*name, now)
+            ).fetchone():
                 return None
             if self._find(db, key) is None:
                 db.execute("DELETE FROM sessions WHERE tenant = ? AND session = ?", name)  # expired
@@ -243,10 +257,13 @@ class SqliteStore(StateStore):
             raise rules.version_conflict(key, version.parent or 0, head)
         if not sid:
             self._check_room(db, key)
-            sid = db.execute(
-                "INSERT INTO sessions (tenant, session, head, created, updated, used) VALUES (?, ?, 0, ?, ?, ?)",
-                (key.tenant, key.session, now, now, now),
-            ).lastrowid or 0
+            sid = (
+                db.execute(
+                    "INSERT INTO sessions (tenant, session, head, created, updated, used) VALUES (?, ?, 0, ?, ?, ?)",
+                    (key.tenant, key.session, now, now, now),
+                ).lastrowid
+                or 0
+            )
         if answer is not None:
             self._remember(db, sid, key, replace(answer, version=version.number), now)
         self._prune(db, sid, version.number)  # before the insert, which then reuses the pages
@@ -384,7 +401,10 @@ class SqliteStore(StateStore):
             db.execute(f"DELETE FROM sessions WHERE {where}", names)
             return alive
 
-        return await self._write(work)
+        gone = await self._write(work)
+        if self._writer is not None:
+            await self._writer.truncate_log()  # the log would otherwise keep the erased bytes for a while
+        return gone
 
     async def sweep(self) -> int:
         """See StateStore."""
@@ -400,11 +420,15 @@ class SqliteStore(StateStore):
     async def _fsck(self) -> list[str]:
         def work(db: sqlite3.Connection) -> list[str]:
             problems = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
-            problems += [f"row {row[1]} of {row[0]} belongs to no session" for row in db.execute("PRAGMA foreign_key_check")]
+            problems += [
+                f"row {row[1]} of {row[0]} belongs to no session" for row in db.execute("PRAGMA foreign_key_check")
+            ]
             heads = db.execute(
                 "SELECT tenant, session, head FROM sessions s WHERE head IS NOT "
                 "(SELECT max(number) FROM versions v WHERE v.sid = s.id)"
             )
-            return problems + [f"{tenant!r}/{session!r}: head {head} is not its newest version" for tenant, session, head in heads]
+            return problems + [
+                f"{tenant!r}/{session!r}: head {head} is not its newest version" for tenant, session, head in heads
+            ]
 
         return await self._read(work)

@@ -57,7 +57,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             answer BLOB NOT NULL,
             UNIQUE (sid, name)
         )""",
-        # AUTOINCREMENT never gives a number twice, so fences grow across deletion without leaving a trace of the session.
+        # AUTOINCREMENT never gives a number twice: fences grow across deletion without leaving a trace of the session.
         """CREATE TABLE leases (
             fence INTEGER PRIMARY KEY AUTOINCREMENT,
             tenant TEXT NOT NULL,
@@ -112,7 +112,9 @@ def prepare(path: Path, timeout: float) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         header = path.open("rb").read(100)
     except OSError as error:
-        raise StoreUnavailable(f"session store {path} cannot be opened: {error.strerror}; check path and rights") from error
+        raise StoreUnavailable(
+            f"session store {path} cannot be opened: {error.strerror}; check path and rights"
+        ) from error
     if header:
         _check_header(path, header)
     with translated(path):
