@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,8 +21,18 @@ Pool = Mapping[str, torch.Tensor]
 class LanguageModel(nn.Module, ABC):
     """A model family: packed serving path and batched training path over the same parameters."""
 
+    TINY: ClassVar[dict[str, Any]]  # a config small enough for the contract tests
     vocab_size: int
     chunk: int  # C: inner chunk length in session tokens (1 where there is none)
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, fields: Mapping[str, Any]) -> LanguageModel:
+        """Build from a config mapping with fresh parameters; ConfigError names a bad field."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """The mapping `from_config` reads."""
 
     @abstractmethod
     def state_spec(self) -> tuple[TensorSpec, ...]:

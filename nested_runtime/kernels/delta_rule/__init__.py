@@ -1,0 +1,1 @@
+"""The stacked self-modifying delta rule: one gated delta rule per head over five associative memories."""

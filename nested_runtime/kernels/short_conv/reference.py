@@ -1,0 +1,46 @@
+"""Causal depthwise convolution of width W with a carried window, then SiLU: the torch path, differentiable.
+
+    y_t,c = silu(sum_i w_i,c x_{t-W+1+i},c)         window = the W-1 inputs before the first token (zeros when fresh)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+__all__ = ["short_conv"]
+
+
+class _Conv(torch.autograd.Function):
+    """The linear part with a backward that accumulates in place instead of building padded slices."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: torch.Tensor) -> torch.Tensor:
+        padded, weight = args
+        width, length = weight.shape[0], padded.shape[1] - weight.shape[0] + 1
+        out = padded[:, :length] * weight[0]
+        for i in range(1, width):
+            out.addcmul_(padded[:, i : i + length], weight[i])
+        ctx.save_for_backward(padded, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (d_out,) = grads
+        padded, weight = ctx.saved_tensors
+        width, length = weight.shape[0], d_out.shape[1]
+        d_padded = torch.zeros_like(padded)
+        d_weight = torch.empty_like(weight)
+        for i in range(width):
+            d_padded[:, i : i + length].addcmul_(d_out, weight[i])
+            d_weight[i] = (d_out * padded[:, i : i + length]).sum((0, 1))
+        return d_padded, d_weight
+
+
+def short_conv(x: torch.Tensor, window: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [B, T, F], window [B, W-1, F], weight [W, F] -> y [B, T, F], the next window [B, W-1, F]."""
+    padded = torch.cat([window.to(x.dtype), x], dim=1)
+    out = _Conv.apply(padded, weight.to(x.dtype))
+    return silu(out), padded[:, x.shape[1] :].to(window.dtype)

@@ -1,0 +1,99 @@
+"""`nested-train`: train a model from a config file and a data folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from tqdm import tqdm
+
+from nested_runtime.errors import ConfigError, NestedError
+from nested_runtime.models.config import from_fields
+from nested_runtime.tokenizer import Tokenizer
+from nested_runtime.train.data import Corpus, Mixture, texts
+from nested_runtime.train.trainer import TrainConfig, Trainer, process_group
+from nested_runtime.train.vocabulary import train_tokenizer
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nested-train", description=__doc__)
+    parser.add_argument("--config", required=True, type=Path, help="training config (JSON, see nested_runtime/train/configs)")
+    parser.add_argument("--data", required=True, type=Path, help="folder of .jsonl[.zst] files with `text` or `messages`")
+    parser.add_argument("--out", required=True, type=Path, help="run folder; an existing run is resumed")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with its own lanes")
+    parser.add_argument("--tokens", type=int, help="override the config's number of tokens")
+    return parser
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a training config; ConfigError names the file or field."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    mixture = Mixture(**{k: tuple(v) for k, v in values.pop("mixture", {}).items()})
+    model, family = values.pop("model", None), values.pop("family", None)
+    if not isinstance(model, dict) or not isinstance(family, str):
+        raise ConfigError(f"--config {path}: fields 'family' (string) and 'model' (mapping) are required")
+    base = TrainConfig(family=family, model=model, mixture=mixture)
+    fields = {**{k: getattr(base, k) for k in base.__dataclass_fields__}, **values}
+    checked = from_fields(TrainConfig, {k: v for k, v in fields.items() if k not in ("model", "mixture")} | {"model": {}})
+    return replace(checked, model=model, mixture=mixture)
+
+
+def _tokenizer(args: argparse.Namespace, vocab_size: int) -> Tokenizer:
+    if (args.out / "tokenizer.json").exists():
+        return Tokenizer.load(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(texts(args.data), vocab_size)
+    tokenizer.save(args.out)
+    return tokenizer
+
+
+def _work(rank: int, args: argparse.Namespace, config: TrainConfig, port: int) -> None:
+    torch.set_num_threads(1 if args.workers > 1 else max(1, torch.get_num_threads()))
+    torch.set_flush_denormal(True)
+    tokenizer = Tokenizer.load(args.out)
+    corpus = Corpus(args.data, tokenizer)
+    with process_group(rank, args.workers, port):
+        trainer = Trainer(config, tokenizer, corpus, args.out, rank, args.workers)
+        trainer.resume()
+        bar = tqdm(total=trainer.steps, initial=trainer.step, disable=rank > 0, mininterval=5, unit="step")
+        with (args.out / "log.jsonl").open("a") as log:
+            for record in trainer.run():
+                if rank == 0:
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in record.items() if k in ("loss", "value", "dev_value")})
+                    bar.update()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; a bad config is one line on stderr and exit status 2."""
+    args = _parser().parse_args(argv)
+    try:
+        config = load_config(args.config)
+        if args.tokens:
+            config = replace(config, tokens=args.tokens)
+        _tokenizer(args, int(config.model.get("vocab_size", 4096)))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if args.workers == 1:
+            _work(0, args, config, port)
+        else:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+            mp.start_processes(_work, (args, config, port), nprocs=args.workers, start_method="spawn")
+    except NestedError as error:
+        print(f"nested-train: {error}", file=sys.stderr)
+        sys.exit(2)

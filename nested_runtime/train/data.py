@@ -1,0 +1,222 @@
+"""Training data: text and chats from a data folder, memory dialogues from the generator, packed into carried lanes.
+
+`--data` names a folder of zstd or plain JSONL files: rows with `text` (prose) or `messages` ([{role, content}], chats).
+Files whose name holds `CC-BY-SA` are left out: shipped weights are trained on permissive rows only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from nested_runtime.errors import ConfigError
+from nested_runtime.tokenizer import Tokenizer
+from nested_runtime.train.dialogues import Dialogue, DialogueSpec, copy_drill, generate, stage
+
+__all__ = ["Corpus", "Lanes", "Mixture", "Session", "read_rows", "render_dialogue"]
+
+TONES = ("caring", "enthusiastic", "professional", "witty")  # the same questions in other tones: one tone is kept
+HELD_OUT = 100  # one document in so many is never trained on (fluency evaluation)
+PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one `.jsonl` or `.jsonl.zst` file."""
+    if path.suffix != ".zst":
+        with path.open(encoding="utf-8") as plain:
+            yield from map(json.loads, plain)
+        return
+    with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as raw:
+        yield from map(json.loads, io.TextIOWrapper(raw, encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text or chat. `messages` is empty for prose."""
+
+    text: str
+    messages: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this document is kept for evaluation."""
+        content = self.text or "\n".join(c for _, c in self.messages)
+        return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=4).digest()) % HELD_OUT == 0
+
+
+def documents(folder: Path, names: tuple[str, ...]) -> Iterator[Document]:
+    """Permissive documents of the files whose name starts with one of `names`."""
+    if not folder.is_dir():
+        raise ConfigError(f"--data {folder} is not a folder; it must hold .jsonl or .jsonl.zst files")
+    for path in sorted(folder.iterdir()):
+        if ".jsonl" not in path.name or "CC-BY-SA" in path.name or not path.name.startswith(names):
+            continue
+        for row in read_rows(path):
+            if "messages" in row:
+                if row.get("source", "").removeprefix("ms-chitchat/") in TONES or _is_reading(row):
+                    continue
+                yield Document("", tuple((m["role"], m["content"].strip()) for m in row["messages"]))
+            elif "text" in row:
+                yield Document(row["text"].strip())
+
+
+def _is_reading(row: dict[str, Any]) -> bool:
+    """Passage questions and instructions: long, and not how people chat."""
+    return str(row.get("source", "")).startswith(("fairytaleqa", "gpteacher", "rasbt", "chatterbot/coding"))
+
+
+class Corpus:
+    """Tokenised prose and chats, and short exchanges to serve as small talk inside dialogues."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, *, held_out: bool = False) -> None:
+        self.prose = [
+            np.array([*tokenizer.encode(d.text), tokenizer.end_id], dtype=np.uint16)
+            for d in documents(folder, PROSE_FILES)
+            if d.held_out == held_out
+        ]
+        self.chats: list[np.ndarray] = []
+        self.small_talk: list[list[tuple[str, str]]] = []
+        for d in documents(folder, CHAT_FILES):
+            if d.held_out != held_out:
+                continue
+            ids = tokenizer.render(({"role": r, "content": c} for r, c in d.messages), add_generation_prompt=False)
+            self.chats.append(np.array(ids, dtype=np.uint16))
+            self.small_talk.append(_exchanges(d.messages))
+        self.small_talk = [s for s in self.small_talk if s]
+        if not self.prose or not self.chats:
+            raise ConfigError(f"--data {folder} holds no prose ({PROSE_FILES}) or no chats ({CHAT_FILES})")
+
+
+def _exchanges(messages: tuple[tuple[str, str], ...], longest: int = 120) -> list[tuple[str, str]]:
+    """(user, assistant) pairs short enough to serve as small talk."""
+    pairs = zip(messages[::2], messages[1::2], strict=False)
+    return [
+        (u[1], a[1]) for u, a in pairs if u[0] == "user" and a[0] == "assistant" and len(u[1]) + len(a[1]) < longest
+    ]
+
+
+@dataclass
+class Session:
+    """Tokens of one session and the loss weight of predicting each of them."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
+    """Tokens and weights of a dialogue. Spans are encoded together and weights follow character offsets."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for message in dialogue.messages:
+        text = " " + message.content
+        encoding = tokenizer.encode_offsets(text)
+        borders, at = [], 1
+        for span in message.spans:
+            borders.append((at, at + len(span.text), span.weight))
+            at += len(span.text)
+        tokens.append(tokenizer.role_id(message.role))
+        weights.append(0.1 if message.role == "user" else 0.3)
+        for token, end in encoding:
+            tokens.append(token)
+            weights.append(next((w for b, e, w in borders if b < end <= e), borders[-1][2] if borders else 0.0))
+        tokens.append(tokenizer.end_id)
+        weights.append(1.0 if message.role == "assistant" else 0.1)
+    return Session(np.array(tokens, dtype=np.uint16), np.array(weights, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of session kinds at the start and at the end of training, linear in progress."""
+
+    drill: tuple[float, float] = (0.25, 0.05)
+    dialogue: tuple[float, float] = (0.60, 0.60)
+    chat: tuple[float, float] = (0.08, 0.20)
+    prose: tuple[float, float] = (0.07, 0.15)
+
+    def at(self, progress: float) -> tuple[float, float, float, float]:
+        """(drill, dialogue, chat, prose) at `progress` in 0..1."""
+        pairs = (self.drill, self.dialogue, self.chat, self.prose)
+        a, b, c, d = (first + (last - first) * progress for first, last in pairs)
+        return a, b, c, d
+
+
+class Lanes:
+    """B lanes of sessions, cut into segments of T tokens; a lane's memory is carried until its session ends."""
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, lanes: int, length: int, seed: int, mixture: Mixture
+    ) -> None:
+        self.corpus, self.tokenizer, self.length, self.mixture = corpus, tokenizer, length, mixture
+        self.rng = random.Random(seed)
+        self.progress = 0.0
+        self._lanes: list[Session] = [self._new() for _ in range(lanes)]
+        self._at = [0] * lanes
+
+    def _new(self) -> Session:
+        parts = [self._draw()]
+        size = len(parts[0].tokens)
+        if size < self.length + 1 and self.rng.random() < 0.5:
+            parts.append(self._draw())
+            size += len(parts[1].tokens)
+        segments = -(-(size - 1) // self.length)
+        while size < segments * self.length + 1:
+            filler = self._text(self.rng.random() < 0.6)
+            parts.append(filler)
+            size += len(filler.tokens)
+        tokens = np.concatenate([p.tokens for p in parts])[: segments * self.length + 1]
+        weights = np.concatenate([p.weights for p in parts])[: segments * self.length + 1]
+        return Session(tokens, self._thin(weights))
+
+    def _thin(self, weights: np.ndarray) -> np.ndarray:
+        """Small weights become rare ones of 0.5: the same expectation with fewer vocabulary projections."""
+        draw = np.random.default_rng(self.rng.getrandbits(32)).random(len(weights))
+        low = weights < 0.5
+        return np.where(low, np.where(draw < weights / 0.5, 0.5, 0.0), weights).astype(np.float32)
+
+    def _draw(self) -> Session:
+        shares = self.mixture.at(self.progress)
+        kind = self.rng.choices(("drill", "dialogue", "chat", "prose"), shares)[0]
+        if kind == "drill":
+            return render_dialogue(copy_drill(self.rng, self.split), self.tokenizer)
+        if kind == "dialogue":
+            return render_dialogue(generate(self.rng, self.split, self._spec(), self._talk()), self.tokenizer)
+        return self._text(kind == "chat")
+
+    def _spec(self) -> DialogueSpec:
+        return stage(self.progress * self.rng.random() ** 0.5)
+
+    def _talk(self) -> list[list[tuple[str, str]]]:
+        return self.rng.choices(self.corpus.small_talk, k=8)
+
+    def _text(self, chat: bool) -> Session:
+        ids = self.rng.choice(self.corpus.chats if chat else self.corpus.prose)[: 4 * self.length]
+        return Session(ids, np.full(len(ids), 0.5, dtype=np.float32))
+
+    def next(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens [B, T+1] int64, weights [B, T] of predicting tokens[:, 1:], fresh [B] bool (a session starts)."""
+        tokens, weights, fresh = [], [], []
+        for i, session in enumerate(self._lanes):
+            if self._at[i] + self.length + 1 > len(session.tokens):
+                session = self._lanes[i] = self._new()
+                self._at[i] = 0
+            at = self._at[i]
+            fresh.append(at == 0)
+            tokens.append(session.tokens[at : at + self.length + 1])
+            weights.append(session.weights[at + 1 : at + self.length + 1])
+            self._at[i] = at + self.length
+        return np.stack(tokens).astype(np.int64), np.stack(weights), np.array(fresh)
+
+
+def texts(folder: Path) -> Iterable[str]:
+    """Plain text of prose and chats, to train a tokenizer on."""
+    for d in documents(folder, PROSE_FILES + CHAT_FILES):
+        yield d.text or "\n".join(f" {content}" for _, content in d.messages)
