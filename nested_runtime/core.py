@@ -67,7 +67,7 @@ class Sequence:
     state: Mapping[str, torch.Tensor] | None = None  # caller: start state, None = fresh (zeros) or `fork_of`
     keep_state: bool = False  # caller: return the state when finished (sessions); False = thrown away
     keep_state_at_prompt: bool = False  # caller: return the state as it was when the prompt was read (learn="prompt")
-    stop_check: Callable[[int], bool] | None = None  # caller: engine thread asks it once per new token; True = stop here
+    stop_check: Callable[[int], bool] | None = None  # caller: engine thread sees every new token; True = stop here
     fork_of: str | None = None  # caller: a sequence submitted before, same prompt and start; its prefill is shared
     cache_key: tuple[str, ...] | None = None  # caller: (tenant, start state ...) for the prefix cache; None = off
     cache_points: tuple[int, ...] = ()  # caller: prompt lengths worth caching (ends of messages)

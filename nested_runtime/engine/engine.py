@@ -10,22 +10,21 @@ stops is decided inside the step, so its final state is a function of its tokens
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
 import torch
 
-from nested_runtime.core import FinishReason, Sequence, TokenEvent, TokenLogprobs, TurnResult
+from nested_runtime.core import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprobs, TurnResult
 from nested_runtime.engine.job import Job
 from nested_runtime.engine.prefix import PrefixCache
-from nested_runtime.engine.runner import Runner, Span
+from nested_runtime.engine.runner import Runner, state_specs
 from nested_runtime.engine.scheduler import Scheduler
-from nested_runtime.errors import RequestError, UpdateDiverged
+from nested_runtime.errors import RequestError
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.sampling import Chooser, choose, token_logprobs, validate
 from nested_runtime.state.pool import SlotPool, check_state
-from nested_runtime.state.spec import TensorSpec
 
 __all__ = ["Engine"]
 
@@ -52,7 +51,7 @@ class Engine:
     ) -> None:
         self.model = model.eval()
         self.end_tokens = frozenset(end_tokens)
-        self.specs = _specs(model)
+        self.specs = state_specs(model)
         self.pool = SlotPool(self.specs, capacity, device)
         quantum = min(max_batch_tokens, model.chunk * max(1, 64 // model.chunk))
         self.scheduler = Scheduler(max_batch_tokens=max_batch_tokens, max_queue=max_queue, quantum=quantum)
@@ -60,14 +59,31 @@ class Engine:
         self.prefixes = PrefixCache(model.chunk, prefix_cache_bytes)
         self._jobs: dict[str, Job] = {}
         self._events: list[TokenEvent] = []
-        self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_sampled_tokens = 0
+        self._counters = Counter[str]()
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to say."""
         return bool(self._jobs or self._events)
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that may be running or waiting at a time."""
+        return self.pool.capacity + self.scheduler.max_queue
+
+    def warm_up(self) -> None:
+        """Run a prefill and a decode through the model, uncounted. Raises what they raise."""
+        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        self.submit(Sequence("warm-up", [0] * (self.model.chunk + 1), params))
+        while self.has_work:
+            for event in self.step():
+                if event.error is not None:
+                    raise event.error
+        self._counters.clear()
+
+    def forget_prefixes(self, prefix: tuple[str, ...]) -> None:
+        """Drop the cached prompt prefixes whose cache_key starts with `prefix`."""
+        self.prefixes.states.forget(prefix)
 
     def validate(self, sequence: Sequence) -> None:
         """Raise RequestError or StateError if the sequence cannot run. Safe to call from any thread."""
@@ -77,6 +93,8 @@ class Engine:
         for token in sequence.prompt:
             if not 0 <= token < self.model.vocab_size:
                 raise RequestError(f"token id {token} is not in 0..{self.model.vocab_size - 1}", param="prompt")
+        if sequence.num_done or sequence.output:
+            raise RequestError(f"sequence {sequence.id!r} has run before; submit a new Sequence", param="id")
         if sequence.position < 0:
             raise RequestError(f"position must be >= 0, got {sequence.position}", param="position")
         if sequence.state is not None:
@@ -89,12 +107,11 @@ class Engine:
             raise RequestError(f"a sequence with id {sequence.id!r} is already running; ids must be unique", param="id")
         job = Job(sequence, Chooser(sequence.params, sequence.prompt, self.end_tokens), sequence.state)
         leader = self._jobs.get(sequence.fork_of or "")
-        if leader is not None and leader.leader is not None:
-            leader = leader.leader
-        if leader is not None and _can_fork(leader, sequence):
-            _follow(job, leader)
+        leader = leader.leader or leader if leader is not None else None
+        if leader is not None and leader.can_lead(sequence):
+            job.follow(leader)
         else:
-            self.scheduler.add(job)
+            self.scheduler.add(job, num_free=self.pool.num_free)
         self._jobs[sequence.id] = job
 
     def abort(self, sequence_id: str) -> None:
@@ -128,9 +145,7 @@ class Engine:
             "waiting": len(self._jobs) - len(self.scheduler.running),
             "slots": self.pool.capacity,
             "slots_free": self.pool.num_free,
-            "steps": self._num_steps,
-            "prompt_tokens": self._num_prompt_tokens,
-            "sampled_tokens": self._num_sampled_tokens,
+            **{name: self._counters[name] for name in ("steps", "prompt_tokens", "sampled_tokens")},
             "prefix_queries": self.prefixes.num_queries,
             "prefix_hits": self.prefixes.num_hits,
             "prefix_hit_tokens": self.prefixes.num_hit_tokens,
@@ -154,23 +169,23 @@ class Engine:
         self._pass_cuts(job)
 
     def _run(self, plan: list[tuple[Job, int]]) -> None:
-        spans = [_span(job, num_new) for job, num_new in plan]
+        spans = [job.span(num_new) for job, num_new in plan]
         try:
             output = self.runner.step(spans)
         except Exception as error:  # noqa: BLE001 - whatever the model raised, no state of this step can be trusted
             for job, _ in plan:
                 self._fail(job, error)
             return
-        self._num_steps += 1
+        self._counters["steps"] += 1
         sampling: list[tuple[Job, torch.Tensor]] = []
         for index, ((job, num_new), rows) in enumerate(zip(plan, output.logits, strict=True)):
             if index in output.bad:
-                self._fail(job, _diverged(job))
+                self._fail(job, job.diverged())
                 continue
             was_prefilling = job.is_prefilling
             job.sequence.num_done += num_new
             if was_prefilling:
-                self._num_prompt_tokens += num_new
+                self._counters["prompt_tokens"] += num_new
                 self._advance_prompt(job, num_new, rows)
             if job.sequence.slot and not job.is_prefilling:
                 sampling.append((job, rows[-1:]))
@@ -192,7 +207,7 @@ class Engine:
             if self.pool.is_finite(sequence.slot):
                 sequence.prompt_state = self.pool.save(sequence.slot)
             else:
-                self._fail(job, _diverged(job))
+                self._fail(job, job.diverged())
 
     def _pass_cuts(self, job: Job) -> None:
         """Keep the state where it was asked for: in the prefix cache, and for the forks that wait for it."""
@@ -202,7 +217,7 @@ class Engine:
         if not is_new_cut and not is_fork_point:
             return
         if not self.pool.is_finite(sequence.slot):
-            self._fail(job, _diverged(job))
+            self._fail(job, job.diverged())
             return
         state = self.pool.save(sequence.slot)
         if is_new_cut:
@@ -211,10 +226,8 @@ class Engine:
             self.prefixes.states.put(job.cache_keys[sequence.num_done], state)
         if is_fork_point:
             for follower in reversed(job.followers):
-                follower.leader, follower.state = None, state
-                follower.sequence.num_done = sequence.num_done
-                follower.prompt_logprobs = list(job.prompt_logprobs)
-                self.scheduler.add(follower, first=True)
+                follower.unfollow(state)
+                self.scheduler.add_first(follower)
             job.followers = []
 
     def _sample(self, work: list[tuple[Job, torch.Tensor]]) -> None:
@@ -224,7 +237,7 @@ class Engine:
         logits = torch.cat([row for _, row in work])
         tokens = choose(logits, [job.chooser for job in jobs])
         logprobs = token_logprobs(logits, tokens, [job.sequence.params.logprobs for job in jobs])
-        self._num_sampled_tokens += len(tokens)
+        self._counters["sampled_tokens"] += len(tokens)
         for job, token, logprob in zip(jobs, tokens, logprobs, strict=True):
             job.sequence.output.append(token)
             try:
@@ -256,7 +269,7 @@ class Engine:
             result = TurnResult(sequence.prompt_state, sequence.position + len(sequence.prompt), None)
         elif sequence.keep_state:
             if not self.pool.is_finite(sequence.slot):
-                self._fail(job, _diverged(job))
+                self._fail(job, job.diverged())
                 return
             pending = sequence.output[-1] if sequence.output else None
             result = TurnResult(self.pool.save(sequence.slot), job.place, pending)
@@ -277,9 +290,9 @@ class Engine:
         if job.followers:
             heir, *others = job.followers
             heir.leader = None
-            self.scheduler.add(heir, first=True)
+            self.scheduler.add_first(heir)
             for other in others:
-                _follow(other, heir)
+                other.follow(heir)
         self._emit(job, finish=reason, **fields)
 
     def _emit(self, job: Job, **fields: Any) -> None:
@@ -287,52 +300,3 @@ class Engine:
             fields["prompt_logprobs"] = (None, *job.prompt_logprobs)
         job.is_silent = False
         self._events.append(TokenEvent(job.sequence.id, **fields))
-
-
-def _specs(model: LanguageModel) -> tuple[TensorSpec, ...]:
-    """The model's state tensors, floats widened to float64 for a float64 model."""
-    parameter = next(model.parameters(), None)
-    if parameter is None or parameter.dtype != torch.float64:
-        return model.state_spec()
-    return tuple(
-        dataclasses.replace(spec, dtype=torch.float64) if spec.dtype.is_floating_point else spec
-        for spec in model.state_spec()
-    )
-
-
-def _span(job: Job, num_new: int) -> Span:
-    """The job's part of a step, asking for logits where prompt log-probabilities or a sampled token need them."""
-    sequence = job.sequence
-    end = num_new
-    if num_new == job.num_unread:
-        end = num_new if job.wants_token else num_new - 1
-        first = num_new - 1
-    else:
-        first = num_new
-    if job.is_prefilling and sequence.params.prompt_logprobs is not None:
-        first = 0
-    return Span(sequence.slot, job.place, job.next_tokens(num_new), range(min(first, end), end))
-
-
-def _can_fork(leader: Job, sequence: Sequence) -> bool:
-    """Whether the leader will pass the point before the last prompt token, on the same way from the same start."""
-    first = leader.sequence
-    is_ahead = first.num_done < len(first.prompt) - 1
-    is_same_start = first.position == sequence.position and first.state is sequence.state
-    needs_all = sequence.params.prompt_logprobs == first.params.prompt_logprobs
-    return is_ahead and is_same_start and needs_all and first.prompt == sequence.prompt
-
-
-def _follow(job: Job, leader: Job) -> None:
-    job.leader = leader
-    leader.followers.append(job)
-    leader.add_cut(len(leader.sequence.prompt) - 1)
-
-
-def _diverged(job: Job) -> UpdateDiverged:
-    sequence = job.sequence
-    return UpdateDiverged(
-        f"sequence {sequence.id!r} became non-finite between session tokens {sequence.position} and "
-        f"{sequence.position + len(sequence.prompt) + len(sequence.output)}; its state was dropped and the session "
-        "keeps its old version"
-    )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from nested_runtime.core import Sequence, TokenLogprobs
+from nested_runtime.engine.runner import Span
+from nested_runtime.errors import UpdateDiverged
 from nested_runtime.sampling import Chooser
 
 __all__ = ["Job"]
@@ -27,7 +29,7 @@ class Job:
     leader: Job | None = None  # the job whose prefill this fork waits for
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finishing: bool = False  # stop as soon as the prompt is read
-    is_silent: bool = True  # no event sent yet
+    is_silent: bool = True  # no event was sent yet
 
     @property
     def num_unread(self) -> int:
@@ -60,9 +62,46 @@ class Job:
         if self.sequence.num_done < length < len(self.sequence.prompt) and length not in self.cuts:
             insort(self.cuts, length)
 
+    def can_lead(self, sequence: Sequence) -> bool:
+        """Whether this job will read, from the same start, all but the last prompt token of `sequence`."""
+        mine = self.sequence
+        is_ahead = mine.num_done < len(mine.prompt) - 1
+        is_same_start = mine.position == sequence.position and mine.state is sequence.state
+        is_same_work = mine.params.prompt_logprobs == sequence.params.prompt_logprobs
+        return is_ahead and is_same_start and is_same_work and mine.prompt == sequence.prompt
+
+    def follow(self, leader: Job) -> None:
+        """Wait until `leader` has read all but the last prompt token, to start from its state there."""
+        self.leader = leader
+        leader.followers.append(self)
+        leader.add_cut(len(leader.sequence.prompt) - 1)
+
+    def unfollow(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Start from the leader's state before the last prompt token."""
+        if self.leader is not None:
+            self.prompt_logprobs = list(self.leader.prompt_logprobs)
+        self.leader, self.state = None, state
+        self.sequence.num_done = len(self.sequence.prompt) - 1
+
+    def span(self, num_new: int) -> Span:
+        """The next `num_new` tokens, with the rows that a sampled token or prompt log-probabilities need."""
+        is_last = num_new == self.num_unread
+        end = num_new if self.wants_token or not is_last else num_new - 1
+        first = num_new - 1 if is_last else num_new
+        if self.is_prefilling and self.sequence.params.prompt_logprobs is not None:
+            first = 0
+        return Span(self.sequence.slot, self.place, self.next_tokens(num_new), range(min(first, end), end))
+
     def next_tokens(self, num_new: int) -> list[int]:
         """The next `num_new` tokens to read."""
         done, prompt = self.sequence.num_done, self.sequence.prompt
         if done < len(prompt):
             return prompt[done : done + num_new]
         return self.sequence.output[done - len(prompt) : done - len(prompt) + num_new]
+
+    def diverged(self) -> UpdateDiverged:
+        """The error of a job whose results are not finite."""
+        return UpdateDiverged(
+            f"sequence {self.sequence.id!r} became non-finite between session tokens {self.sequence.position} and "
+            f"{self.place + self.num_unread}; its state was dropped and the session keeps its old version"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -10,8 +10,9 @@ import torch
 from nested_runtime.core import Batch
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.state.pool import SlotPool
+from nested_runtime.state.spec import TensorSpec
 
-__all__ = ["Runner", "Span", "StepOutput"]
+__all__ = ["Runner", "Span", "StepOutput", "state_specs"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,11 @@ def _bad(pieces: list[torch.Tensor]) -> list[int]:
     """Indices of the pieces with a NaN or an infinity."""
     # A sum is finite whenever all terms are, unless it overflows: only then look at every element.
     return [i for i, piece in enumerate(pieces) if not (bool(piece.sum().isfinite()) or bool(piece.isfinite().all()))]
+
+
+def state_specs(model: LanguageModel) -> tuple[TensorSpec, ...]:
+    """The model's state tensors, floats widened to float64 for a float64 model."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.dtype != torch.float64:
+        return model.state_spec()
+    return tuple(replace(s, dtype=torch.float64) if s.dtype.is_floating_point else s for s in model.state_spec())

@@ -29,14 +29,15 @@ class Scheduler:
         self.running: list[Job] = []
         self._prefilling: deque[Job] = deque()  # in the order of their next turn
 
-    def add(self, job: Job, *, first: bool = False) -> None:
-        """Queue a job; `first` puts it at the head (a fork whose leader is already running)."""
-        if first:
-            self.waiting.appendleft(job)
-        elif len(self.waiting) >= self.max_queue:
+    def add(self, job: Job, *, num_free: int) -> None:
+        """Queue a job while `num_free` slots are free; Overloaded when the queue is full."""
+        if len(self.waiting) >= self.max_queue + num_free:
             raise Overloaded(f"the queue is full ({self.max_queue} sequences wait); retry later")
-        else:
-            self.waiting.append(job)
+        self.waiting.append(job)
+
+    def add_first(self, job: Job) -> None:
+        """Put a job at the head of the queue: a fork, whose turn came with its leader's."""
+        self.waiting.appendleft(job)
 
     def admit(self) -> Job:
         """Move the job that waits longest to running; the caller gives it a slot."""
