@@ -46,7 +46,7 @@ class RedisStore(StateStore):
         self._link = RedisLink(url, timeout=timeout)
         self._keys = self._link.keys
         self._given_clock = clock
-        self._reserved: dict[Lease, str] = {}  # stamps of sessions that are leased and may never be committed
+        self._reserved: dict[int, str] = {}  # by fence: stamps of sessions leased but never committed
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
@@ -87,7 +87,7 @@ class RedisStore(StateStore):
         lease = Lease(key, int(reply[0]), ttl, float(reply[1]))
         if not reply[2]:
             try:
-                self._reserved[lease] = await self._reserve(key)
+                self._reserved[lease.fence] = await self._reserve(key)
             except BaseException:
                 await self.release(lease)
                 raise
@@ -103,7 +103,7 @@ class RedisStore(StateStore):
     async def release(self, lease: Lease) -> None:
         """See StateStore."""
         await self._eval(scripts.RELEASE, lease.key, lease.fence)
-        stamp = self._reserved.pop(lease, None)
+        stamp = self._reserved.pop(lease.fence, None)
         self._turnstile.wake(lease.key)
         if stamp is not None:
             await self._drop(lease.key, stamp, 0)
@@ -170,7 +170,7 @@ class RedisStore(StateStore):
         key, limits = lease.key, self.limits
         if version.parent is None:
             await self._reserve(key)
-            self._reserved.pop(lease, None)  # from here on the session may exist
+            self._reserved.pop(lease.fence, None)  # from here on the session may exist
         record = b""
         if answer is not None:
             header = json.dumps({"body_digest": answer.body_digest, "version": version.number})
@@ -235,7 +235,9 @@ class RedisStore(StateStore):
         found = await self._eval(scripts.INFO, key)
         if not found:
             return None
-        return SessionInfo(key, Version.from_json(found[0]), *map(float, found[1:4]), *map(int, found[4:7]))
+        created, updated, used = map(float, found[1:4])
+        versions, snapshots, size = map(int, found[4:7])
+        return SessionInfo(key, Version.from_json(found[0]), created, updated, used, versions, snapshots, size)
 
     async def _infos(self, tenant: str | None, after: SessionKey | None = None) -> AsyncIterator[SessionInfo]:
         async for batch in self._indexed(tenant, after):

@@ -20,7 +20,8 @@ from nested_runtime.store.turnstile import shielded
 __all__ = ["Keys", "RedisLink"]
 
 SCHEMA_VERSION = b"1"
-WAIT_MS = 1_000
+WAIT_MS = 2_000  # with appendfsync everysec WAITAOF takes up to a second
+_TRUE = ("1", "true", "yes")
 log = logging.getLogger(__name__)
 
 
@@ -66,14 +67,16 @@ class Keys:
 class RedisLink:
     """A client that raises StoreUnavailable for whatever goes wrong on the way.
 
-    Query options of the URL: `cluster=1` for Redis Cluster, `prefix=` of all keys (default "nested"); the rest is
-    redis-py's. Commands are sent again after a lost connection, so only idempotent ones may be used.
+    Query options of the URL: `cluster=1` for Redis Cluster, `prefix=` of all keys (default "nested"), `wait=0` never to
+    wait for replicas or disk; the rest is redis-py's. Commands are sent again after a lost connection, so only
+    idempotent ones may be used.
     """
 
     def __init__(self, url: str, *, timeout: float) -> None:
         parts = urlsplit(url)
         options = dict(parse_qsl(parts.query))
-        self._cluster = options.pop("cluster", "0") in ("1", "true", "yes")
+        self._cluster = options.pop("cluster", "0") in _TRUE
+        self._may_wait = options.pop("wait", "1") in _TRUE and not self._cluster
         self.keys = Keys(options.pop("prefix", "nested"))
         self.name = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"  # without the password
         if not parts.hostname or "{" in self.keys.prefix:
@@ -200,7 +203,7 @@ class RedisLink:
         self.durability, self._wait = "memory", ()
         if aof and config.get("appendfsync") == "always":
             self.durability = "fsynced"
-        elif aof and version >= (7, 2) and not self._cluster:
+        elif aof and version >= (7, 2) and self._may_wait:
             self.durability, self._wait = "fsynced", ("WAITAOF", 1, 0, WAIT_MS)
-        elif int(replication.get("connected_slaves", 0)) > 0 and not self._cluster:
+        elif int(replication.get("connected_slaves", 0)) > 0 and self._may_wait:
             self.durability, self._wait = "acked", ("WAIT", 1, WAIT_MS)

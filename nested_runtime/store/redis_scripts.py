@@ -65,7 +65,8 @@ if held[2] and tonumber(held[2]) > now then
   return {held[1], held[2], exists and 1 or 0}
 end
 if exists then redis.call('HSET', S, 'used', exact(now)) else purge() end
-local fence = whole(math.max(tonumber(held[1] or 0) + 1, math.floor(now * 1000000)))
+local t = redis.call('TIME')
+local fence = whole(math.max(tonumber(held[1] or 0) + 1, tonumber(t[1]) * 1000000 + tonumber(t[2])))
 local expires = now + tonumber(ARGV[3])
 redis.call('HSET', L, 'fence', fence, 'expires', exact(expires), 'holder', ARGV[4])
 redis.call('PEXPIRE', L, whole(tonumber(ARGV[3]) * 1000 + 3600000))

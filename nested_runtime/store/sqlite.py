@@ -384,24 +384,30 @@ class SqliteStore(StateStore):
 
     async def delete(self, key: SessionKey) -> bool:
         """See StateStore."""
-        gone = await self._delete("tenant = ? AND session = ?", key.tenant, key.session)
-        self._turnstile.wake(key)
-        return gone > 0
+        return await self._delete(key.tenant, key.session) > 0
 
     async def erase(self, tenant: str) -> int:
         """See StateStore."""
-        return await self._delete("tenant = ?", tenant)
+        return await self._delete(tenant)
 
-    async def _delete(self, where: str, *names: str) -> int:
-        def work(db: sqlite3.Connection) -> int:
-            alive: int = db.execute(
-                f"SELECT count(*) FROM sessions WHERE {where} AND used > ?", (*names, self._cutoff())
-            ).fetchone()[0]
-            db.execute(f"DELETE FROM leases WHERE {where}", names)
-            db.execute(f"DELETE FROM sessions WHERE {where}", names)
-            return alive
+    async def _delete(self, tenant: str, session: str | None = None) -> int:
+        def work(db: sqlite3.Connection) -> tuple[int, set[str]]:
+            if session is not None:
+                names = {session}
+            else:
+                query = (
+                    "SELECT session FROM sessions WHERE tenant = ?1 UNION SELECT session FROM leases WHERE tenant = ?1"
+                )
+                names = {name for (name,) in db.execute(query, (tenant,))}
+            alive = [name for name in names if self._find(db, SessionKey(tenant, name))]
+            for name in names:
+                db.execute("DELETE FROM leases WHERE tenant = ? AND session = ?", (tenant, name))
+                db.execute("DELETE FROM sessions WHERE tenant = ? AND session = ?", (tenant, name))
+            return len(alive), names
 
-        gone = await self._write(work)
+        gone, names = await self._write(work)
+        for name in names:
+            self._turnstile.wake(SessionKey(tenant, name))
         if self._writer is not None:
             await self._writer.truncate_log()  # the log would otherwise keep the erased bytes for a while
         return gone

@@ -110,7 +110,8 @@ def prepare(path: Path, timeout: float) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        header = path.open("rb").read(100)
+        with path.open("rb") as file:
+            header = file.read(100)
     except OSError as error:
         raise StoreUnavailable(
             f"session store {path} cannot be opened: {error.strerror}; check path and rights"

@@ -1,0 +1,545 @@
+"""The StateStore contract, on every store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nested_runtime.errors import (
+    ConfigError,
+    Conflict,
+    LeaseLost,
+    NotFound,
+    Overloaded,
+    RequestError,
+    SessionBusy,
+    StoreUnavailable,
+    VersionConflict,
+)
+from nested_runtime.store.base import Limits, SessionKey, StateStore, StoredAnswer, Usage
+
+KEY = SessionKey("acme", "alice")
+OTHER = SessionKey("acme", "bob")
+
+
+def run(bench: Any, test: Callable[[StateStore], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        async with bench.open(**options) as store:
+            await test(store)
+            assert await store.fsck() == []
+
+    asyncio.run(main())
+
+
+async def write(bench: Any, store: StateStore, count: int, key: SessionKey = KEY) -> None:
+    """`count` more versions of a session; version n has the state b"n"."""
+    async with store.hold(key) as lease:
+        head = await store.head(key)
+        for number in range(head.number if head else 0, (head.number if head else 0) + count):
+            bench.clock.pass_(0.001)
+            await bench.commit(store, lease, number, b"%d" % (number + 1))
+
+
+# ---- versions ------------------------------------------------------------------------------------------------------
+
+
+def test_commit_and_load(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        assert await store.head(KEY) is None
+        assert await store.versions(KEY) == [] == await store.snapshots(KEY)
+        assert await store.info(KEY) is None
+        with pytest.raises(NotFound):
+            await store.load(KEY)
+        state = os.urandom(100_000) + bytes(100_000)
+        draft = bench.draft(state, pending=7, chain="c", root="r", messages=2, learned_tokens=9, model="hope-nano")
+        draft = replace(draft, extra={"levels": [{"updates": 3, "norm": 0.1}], "ü": None})
+        async with store.hold(KEY) as lease:
+            first = await store.commit(lease, 0, state, draft)
+            second = await store.commit(lease, 1, b"", replace(draft, source=1, kind="restore"))
+        assert (first.number, first.parent, first.created) == (1, None, bench.clock.now)
+        assert (second.number, second.parent, second.source, second.kind) == (2, 1, 1, "restore")
+        assert (first.pending, first.extra) == (7, draft.extra)
+        assert 100_000 < first.size < 102_000
+        assert await store.head(KEY) == second
+        assert await store.versions(KEY) == [second, first]
+        assert await store.load(KEY) == (second, b"")
+        assert await store.load(KEY, 1) == (first, state)
+        with pytest.raises(NotFound, match="version 3"):
+            await store.load(KEY, 3)
+        with pytest.raises(NotFound):
+            await store.load(KEY, 0)
+        info = await store.info(KEY)
+        assert info is not None
+        assert info.head == second
+        assert (info.versions, info.snapshots, info.bytes) == (2, 0, first.size + second.size)
+
+    run(bench, test)
+
+
+def test_stale_parent_changes_nothing(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        await write(bench, store, 2)
+        async with store.hold(KEY) as lease:
+            for parent in (0, 1, 3):
+                with pytest.raises(VersionConflict, match="version 2"):
+                    await bench.commit(store, lease, parent, b"x", StoredAnswer("k", "b", b"a"))
+        assert await store.answer(KEY, "k") is None
+        assert (await store.load(KEY))[1] == b"2"
+        async with store.hold(OTHER) as lease:
+            with pytest.raises(VersionConflict, match="version 0"):
+                await bench.commit(store, lease, 1, b"x")
+        assert await store.head(OTHER) is None
+
+    run(bench, test)
+
+
+def test_retains_the_newest_versions(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        await write(bench, store, 3)
+        kept = await store.snapshot(KEY, 2, "good")
+        await write(bench, store, 5)
+        assert [version.number for version in await store.versions(KEY)] == [8, 7, 6, 2]
+        assert (await store.load(KEY, 6))[1] == b"6"
+        with pytest.raises(NotFound):
+            await store.load(KEY, 5)
+        assert (await store.load(KEY, snapshot=kept.id))[1] == b"2"
+        assert await store.delete_snapshot(KEY, kept.id)
+        assert [version.number for version in await store.versions(KEY)] == [8, 7, 6]
+        with pytest.raises(NotFound, match=kept.id):
+            await store.load(KEY, snapshot=kept.id)
+
+    run(bench, test, limits=Limits(retain=3))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        SessionKey("a", "b:c}{d"),
+        SessionKey("a:b", "c}{d"),
+        SessionKey("a", "{"),
+        SessionKey("ü%/*?[", "\u2028💾 '\";--"),
+        SessionKey("x" * 256, "💾" * 256),
+        SessionKey("a.b", "c"),
+        SessionKey("a", "b.c"),
+    ],
+)
+def test_any_text_is_a_key(bench: Any, key: SessionKey) -> None:
+    async def test(store: StateStore) -> None:
+        await write(bench, store, 1, key)
+        await write(bench, store, 2, SessionKey(key.tenant, "neighbour"))
+        info = await store.info(key)
+        assert info is not None
+        assert (info.key, info.head.number) == (key, 1)
+        assert {info.key.session for info in (await store.sessions(key.tenant)).sessions} == {key.session, "neighbour"}
+        assert await store.delete(key)
+        assert await store.head(key) is None
+        assert await store.head(SessionKey(key.tenant, "neighbour"))
+
+    run(bench, test)
+
+
+@pytest.mark.parametrize("text", ["", "x" * 257, "a\nb", "a\x00", "\x7f", "\x85", "\ud800", 7, None])
+def test_key_is_checked(text: Any) -> None:
+    with pytest.raises(RequestError) as refused:
+        SessionKey("acme", text)
+    assert refused.value.param == "session_id"
+    with pytest.raises(RequestError):
+        SessionKey(text, "alice")
+
+
+# ---- leases --------------------------------------------------------------------------------------------------------
+
+
+def test_lease_is_exclusive_and_fences_grow(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        first = await store.lease(KEY)
+        with pytest.raises(SessionBusy):
+            await store.lease(KEY)
+        with pytest.raises(SessionBusy):
+            await store.lease(KEY, wait=0.05)
+        other = await store.lease(OTHER)
+        await store.release(first)
+        await store.release(first)
+        second = await store.lease(KEY)
+        assert second.fence > first.fence
+        await store.release(first)  # no longer ours: ignored
+        with pytest.raises(SessionBusy):
+            await store.lease(KEY)
+        with pytest.raises(LeaseLost):
+            await bench.commit(store, first, 0, b"stale")
+        with pytest.raises(LeaseLost):
+            await store.renew(first)
+        assert (await bench.commit(store, second, 0, b"1")).number == 1
+        assert (await bench.commit(store, other, 0, b"1")).number == 1
+
+    run(bench, test)
+
+
+def test_lease_expires_and_the_late_holder_is_fenced(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        late = await store.lease(KEY, ttl=10)
+        bench.clock.pass_(9)
+        renewed = await store.renew(late)
+        assert (renewed.fence, renewed.expires) == (late.fence, pytest.approx(bench.clock.now + 10))
+        bench.clock.pass_(9)
+        assert (await bench.commit(store, late, 0, b"1")).number == 1
+        bench.clock.pass_(1)
+        with pytest.raises(LeaseLost):  # expired, although nobody else has it
+            await bench.commit(store, late, 1, b"2")
+        with pytest.raises(LeaseLost):
+            await store.renew(late)
+        taker = await store.lease(KEY)
+        assert taker.fence > late.fence
+        with pytest.raises(LeaseLost):
+            await bench.commit(store, late, 1, b"2")
+        await bench.commit(store, taker, 1, b"2")
+
+    run(bench, test)
+
+
+def test_waiters_get_the_lease_in_order(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        order: list[int] = []
+
+        async def turn(number: int) -> None:
+            async with store.hold(KEY, wait=20):
+                order.append(number)
+
+        held = await store.lease(KEY)
+        turns = []
+        for number in range(5):
+            turns.append(asyncio.create_task(turn(number)))
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.02)
+        assert order == []
+        await store.release(held)
+        await asyncio.gather(*turns)
+        assert order == [0, 1, 2, 3, 4]
+        assert not store._turnstile._gates
+
+    run(bench, test)
+
+
+def test_a_cancelled_waiter_leaves_no_lease(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        for delay in (0.0, 0.0005, 0.001, 0.002, 0.005):
+            taking = asyncio.create_task(store.lease(KEY))
+            await asyncio.sleep(delay)
+            if not taking.done():
+                taking.cancel()
+            for lease in await asyncio.gather(taking, return_exceptions=True):
+                if not isinstance(lease, BaseException):
+                    await store.release(lease)
+            await store.release(await store.lease(KEY, wait=5))
+
+    run(bench, test)
+
+
+def test_hold_renews_and_releases(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        async with store.hold(KEY, ttl=0.15) as lease:
+            for _ in range(6):  # six times a third of the ttl, while the clock passes two ttls
+                await asyncio.sleep(0.07)
+                bench.clock.pass_(0.05)
+            await bench.commit(store, lease, 0, b"1")
+        with pytest.raises(ZeroDivisionError):
+            async with store.hold(KEY):
+                raise ZeroDivisionError
+        await store.release(await store.lease(KEY))
+
+    run(bench, test)
+
+
+def test_racing_commits_have_one_winner(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        lease = await store.lease(KEY)
+        for parent in range(3):
+            racing = (bench.commit(store, lease, parent, b"%d" % number) for number in range(12))
+            results = await asyncio.gather(*racing, return_exceptions=True)
+            won = [result for result in results if not isinstance(result, BaseException)]
+            assert len(won) == 1
+            assert sum(isinstance(result, VersionConflict) for result in results) == 11
+            assert await store.head(KEY) == won[0]
+
+    run(bench, test)
+
+
+def test_racing_turns_all_commit_in_turn(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        async def turn(number: int) -> None:
+            async with store.hold(KEY, wait=20) as lease:
+                head = await store.head(KEY)
+                await bench.commit(store, lease, head.number if head else 0, b"%d" % number)
+
+        await asyncio.gather(*map(turn, range(12)))
+        head = await store.head(KEY)
+        assert head is not None
+        assert head.number == 12
+
+    run(bench, test)
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
+def test_answer_is_committed_with_its_version(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        answer = StoredAnswer("key-1", "body", b'{"a":\n1}\x00\xff')
+        async with store.hold(KEY) as lease:
+            assert await store.answer(KEY, "key-1") is None
+            await bench.commit(store, lease, 0, b"1", answer)
+            assert await store.answer(KEY, "key-1") == replace(answer, version=1)
+            assert await store.answer(OTHER, "key-1") is None
+            with pytest.raises(Conflict, match="key-1"):
+                await bench.commit(store, lease, 1, b"2", answer)
+            assert (await store.head(KEY)).number == 1  # type: ignore[union-attr]
+            await bench.commit(store, lease, 1, b"2", StoredAnswer("key-2", "body", b""))
+        bench.clock.pass_(100)
+        assert await store.answer(KEY, "key-1") is None
+        async with store.hold(KEY) as lease:
+            await bench.commit(store, lease, 2, b"3", replace(answer, body_digest="other"))
+        assert await store.answer(KEY, "key-1") == replace(answer, body_digest="other", version=3)
+        await store.sweep()
+        assert await store.answer(KEY, "key-2") is None
+
+    run(bench, test, answer_ttl=100)
+
+
+def test_answers_are_bounded(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        async with store.hold(KEY) as lease:
+            for number in range(6):
+                bench.clock.pass_(1)
+                await bench.commit(store, lease, number, b"x", StoredAnswer(f"k{number}", "b", b""))
+        kept = [number for number in range(6) if await store.answer(KEY, f"k{number}")]
+        assert kept == [3, 4, 5]
+
+    run(bench, test, limits=Limits(answers_per_session=3))
+
+
+# ---- snapshots -----------------------------------------------------------------------------------------------------
+
+
+def test_snapshots(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        with pytest.raises(NotFound):
+            await store.snapshot(KEY)
+        await write(bench, store, 3)
+        first = await store.snapshot(KEY, 2, 'Zürich "1"')
+        bench.clock.pass_(1)
+        second = await store.snapshot(KEY)
+        assert (first.version, first.label, second.version, second.label) == (2, 'Zürich "1"', 3, "")
+        assert await store.snapshots(KEY) == [first, second]
+        with pytest.raises(NotFound, match="version 9"):
+            await store.snapshot(KEY, 9)
+        with pytest.raises(NotFound):
+            await store.snapshot(KEY, 0)
+        with pytest.raises(RequestError, match="maximum of 2"):
+            await store.snapshot(KEY)
+        with pytest.raises(RequestError, match="label"):
+            await store.snapshot(KEY, label="x" * 257)
+        with pytest.raises(NotFound):
+            await store.load(OTHER, snapshot=first.id)
+        assert not await store.delete_snapshot(OTHER, first.id)
+        assert await store.delete_snapshot(KEY, first.id)
+        assert not await store.delete_snapshot(KEY, first.id)
+        info = await store.info(KEY)
+        assert info is not None
+        assert info.snapshots == 1
+
+    run(bench, test, limits=Limits(snapshots_per_session=2))
+
+
+# ---- deletion ------------------------------------------------------------------------------------------------------
+
+
+def test_delete_erases_everything_and_fences_the_holder(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        lease = await store.lease(KEY)
+        await bench.commit(store, lease, 0, b"1", StoredAnswer("k", "b", b"a"))
+        made = await store.snapshot(KEY)
+        assert await store.delete(KEY)
+        assert not await store.delete(KEY)
+        assert await store.head(KEY) is None
+        assert await store.versions(KEY) == [] == await store.snapshots(KEY)
+        assert await store.answer(KEY, "k") is None
+        assert (await store.sessions()).sessions == ()
+        with pytest.raises(LeaseLost):
+            await bench.commit(store, lease, 1, b"2")
+        with pytest.raises(LeaseLost):
+            await store.renew(lease)
+        again = await store.lease(KEY)
+        assert again.fence > lease.fence
+        with pytest.raises(LeaseLost):
+            await bench.commit(store, lease, 0, b"2")
+        fresh = await bench.commit(store, again, 0, b"fresh")
+        assert (fresh.number, fresh.parent) == (1, None)
+        with pytest.raises(NotFound):
+            await store.load(KEY, snapshot=made.id)
+
+    run(bench, test)
+
+
+def test_delete_fences_a_first_turn(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        lease = await store.lease(KEY)
+        assert not await store.delete(KEY)
+        with pytest.raises(LeaseLost):
+            await bench.commit(store, lease, 0, b"1")
+        assert await store.head(KEY) is None
+
+    run(bench, test)
+
+
+def test_erase_a_tenant(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        stranger = SessionKey("acme2", "alice")
+        for key in (KEY, OTHER, stranger):
+            await write(bench, store, 1, key)
+        running = await store.lease(SessionKey("acme", "first turn"))
+        assert await store.erase("acme") == 2
+        assert await store.erase("acme") == 0
+        assert await store.usage("acme") == Usage(0, 0, 0, 0)
+        assert [info.key for info in (await store.sessions()).sessions] == [stranger]
+        with pytest.raises(LeaseLost):
+            await bench.commit(store, running, 0, b"1")
+
+    run(bench, test)
+
+
+def test_idle_sessions_expire(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        await write(bench, store, 2)
+        await write(bench, store, 1, OTHER)
+        bench.clock.pass_(59)
+        touched = await store.lease(OTHER)
+        bench.clock.pass_(1)
+        assert (await store.head(KEY), await store.info(KEY)) == (None, None)
+        with pytest.raises(NotFound):
+            await store.load(KEY)
+        with pytest.raises(NotFound):
+            await store.snapshot(KEY, 1)
+        assert [info.key for info in (await store.sessions()).sessions] == [OTHER]
+        async with store.hold(KEY) as lease:
+            assert (await bench.commit(store, lease, 0, b"fresh")).number == 1
+        assert len(await store.versions(KEY)) == 1
+        await store.release(touched)
+        bench.clock.pass_(60)
+        assert await store.sweep() == 2
+        assert await store.sweep() == 0
+        assert await store.usage() == Usage(0, 0, 0, 0)
+        with pytest.raises(ConfigError, match="ttl"):
+            await store.lease(KEY, ttl=61)
+
+    run(bench, test, ttl=60)
+
+
+# ---- listing, limits, life -----------------------------------------------------------------------------------------
+
+
+def test_pages_and_usage(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        keys = [SessionKey(tenant, f"s{number:02}") for tenant in ("a", "b", "ü") for number in range(7)]
+        for key in reversed(keys):
+            await write(bench, store, 1, key)
+        await store.snapshot(keys[0])
+        for limit in (1, 5, 7, 21, 22):
+            for tenant in (None, "b", "nobody"):
+                seen: list[SessionKey] = []
+                cursor: str | None = None
+                while True:
+                    page = await store.sessions(tenant, cursor=cursor, limit=limit)
+                    seen += [info.key for info in page.sessions]
+                    cursor = page.cursor
+                    if cursor is None:
+                        break
+                    assert len(page.sessions) == limit
+                assert seen == [key for key in keys if tenant in (None, key.tenant)]
+        usage = await store.usage()
+        assert (usage.sessions, usage.versions, usage.snapshots) == (21, 21, 1)
+        assert (await store.usage("a")).bytes * 3 == usage.bytes
+        for cursor in ("x", "e30=", "\u00fc"):
+            with pytest.raises(RequestError, match="cursor"):
+                await store.sessions(cursor=cursor)
+        with pytest.raises(RequestError, match="limit"):
+            await store.sessions(limit=0)
+
+    run(bench, test)
+
+
+def test_limits(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        await write(bench, store, 1)
+        await store.release(await store.lease(OTHER))  # leased, never written: takes no room
+        await write(bench, store, 1, SessionKey("acme", "carol"))
+        with pytest.raises(Overloaded, match="maximum of 2"):
+            await store.lease(OTHER)
+        await write(bench, store, 1, SessionKey("other", "bob"))
+        await store.delete(KEY)
+        async with store.hold(OTHER) as lease:
+            await bench.commit(store, lease, 0, os.urandom(3000))
+            await bench.commit(store, lease, 1, os.urandom(3000))
+            with pytest.raises(RequestError, match="bytes_per_session"):
+                await bench.commit(store, lease, 2, os.urandom(5000))
+            with pytest.raises(RequestError, match="state_bytes"):
+                await bench.commit(store, lease, 2, bytes(6001))
+            with pytest.raises(RequestError, match="extra"):
+                await store.commit(lease, 2, b"", replace(bench.draft(), extra={"x": "x" * 70_000}))
+            assert len(await store.versions(OTHER)) == 2
+
+    limits = Limits(sessions_per_tenant=2, bytes_per_session=10_000, state_bytes=6000)
+    run(bench, test, limits=limits)
+
+
+def test_room_is_checked_when_a_session_is_born(bench: Any) -> None:
+    async def test(store: StateStore) -> None:
+        leases = [
+            lease
+            for lease in await asyncio.gather(
+                *(store.lease(SessionKey("acme", f"s{number}")) for number in range(6)), return_exceptions=True
+            )
+            if not isinstance(lease, BaseException)
+        ]
+        assert len(leases) >= 3
+        results = await asyncio.gather(
+            *(bench.commit(store, lease, 0, b"1") for lease in leases), return_exceptions=True
+        )
+        assert sum(not isinstance(result, BaseException) for result in results) == 3
+        assert all(isinstance(result, Overloaded) for result in results if isinstance(result, BaseException))
+        assert (await store.usage("acme")).sessions == 3
+
+    run(bench, test, limits=Limits(sessions_per_tenant=3))
+
+
+def test_life(bench: Any) -> None:
+    async def main() -> None:
+        store = bench.open()
+        if bench.kind != "memory":
+            with pytest.raises(StoreUnavailable, match="not open"):
+                await store.head(KEY)
+        async with store:
+            await store.ping()
+            assert store.durability == {"sqlite": "fsynced"}.get(bench.kind, "memory")
+            await write(bench, store, 1)
+        await store.close()
+        async with store:
+            assert (await store.load(KEY))[1] == b"1"
+
+    asyncio.run(main())
+
+
+def test_options_are_checked() -> None:
+    from nested_runtime.store.url import open_store
+
+    for url in ("", "memory", "mongo://x", "sqlite://x.db", "sqlite:x.db", "sqlite:///", "redis:///", "memory:x"):
+        with pytest.raises(ConfigError, match="store URL"):
+            open_store(url)
+    with pytest.raises(ConfigError, match="ttl"):
+        open_store("memory:", ttl=0)
+    with pytest.raises(ConfigError, match="retain"):
+        Limits(retain=0)
