@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import random
 import re
 import string
 import tomllib
@@ -9,21 +10,38 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 
-from nested_runtime.train.values import SPLITS, Values, capital, lines, split_of, words
+from nested_runtime.train.keys import KEY_KINDS, VERB_KINDS
+from nested_runtime.train.values import SPLITS, Values, capital, lines, split_of, vowel_sound, words
 
-__all__ = ["Relation", "Template", "by_split", "parse_relation", "relations"]
+__all__ = [
+    "Relation",
+    "Template",
+    "by_split",
+    "conflicts",
+    "decorations",
+    "filler",
+    "pairs",
+    "parse_relation",
+    "relations",
+]
 
 LISTS = ("tells", "asks", "acks", "answers", "corrections", "unknowns")
 USER_LISTS = ("tells", "asks", "corrections")
-KEY_KINDS = frozenset({"person", "relative", "my_noun", "the_noun", "noun", "verb"})
+PEOPLE = frozenset({"person", "name", "relative", "fullname"})
 DETERMINERS = ("a", "an", "the", "my", "your", "our")
-STARTERS = {"My", "Our", "The", "We", "You", "It", "There", "Of", "For", "If", "In", "On", "At", "Nothing", "People"}
-NO_PREFIX = {"Hi", "Hello", "Hey", "By", "Please", "So", "Actually", "Remember:", "FYI", "Fyi", "Guess", "Just", "Oh"}
+STARTERS = frozenset(
+    ("My", "Our", "The", "We", "You", "It", "There", "Of", "For", "If", "In", "On", "At", "When", "No", "Nothing", "As",
+     "People", "By", "These", "What", "What's", "Who", "Who's", "Where", "Where's", "When's", "Which", "How", "Do",
+     "Can", "Could", "Tell", "Remind")
+)  # fmt: skip
+# Relations that tell the same thing in other words, beside those that share a question.
+ALIKE = (("pet_kind", "dog_name", "cat_name", "parrot_name", "horse_name"),)
 INDIRECT = (
-    (re.compile(r"(what|who|where|when|how old|which \w+) (is|are|was|were) ((?:my|the|our|i|\{s\}).*?)( called| named)?\?"),
+    (re.compile(r"(what|who|where|when|how old|which \w+) (is|was) ((?:my|the|our|i|\{s\})\b.*?)( called| named)?\?"),
      r"\1 \3 \2\4"),
     (re.compile(r"((?:what|who|where|when|how|which)(?: \w+)?) do i (.*)\?"), r"\1 I \2"),
 )  # fmt: skip
+NOT_INDIRECT = re.compile(r",|\b(it|again|born|by|at the moment|be|from|in my)\b|\w(ing|ed)\b")
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class Template:
 
     text: str
     parts: tuple[tuple[str, str], ...]
-    lowerable: bool                                                   # may follow "By the way, " with a small letter
+    lowerable: bool  # may follow "By the way, " with a small letter
     prefixable: bool
 
     @classmethod
@@ -40,8 +58,13 @@ class Template:
         """Cut ``text``; an article before a field is left to the drawing."""
         parts = tuple((lit, field or "") for lit, field, _, _ in string.Formatter().parse(text))
         first = text.split(" ", 1)[0]
-        subject = first.startswith(("{s}", "{v}", "I", "I'"))
-        return cls(text, parts, first in STARTERS, (first in STARTERS or subject) and first not in NO_PREFIX)
+        prefixable = first in STARTERS or first in ("I", "I'm", "I've") or first.startswith(("{s}", "{v}"))
+        return cls(text, parts, first in STARTERS, prefixable and not text.startswith(("By the way", "As you")))
+
+    @property
+    def starts_with_value(self) -> bool:
+        """Whether nothing stands before the value."""
+        return self.parts[0] == ("", "v")
 
     @property
     def fields(self) -> frozenset[str]:
@@ -57,10 +80,11 @@ class Template:
                 out.append((text, ""))
                 continue
             value = values[field]
-            if text.endswith((" a ", " an ")) or text in ("A ", "a ", "An ", "an "):
-                stem = text[: text.rindex("a" if text[0] not in "A" or len(text) > 3 else "A") + 1]
-                text = stem + ("n " if value[:1].lower() in "aeiou" else " ")
-            if i == 0 and not literal and field != "v" and not lower:
+            head, _, last = text[:-1].rpartition(" ") if text.endswith(" ") else ("", "", "")
+            if last in ("a", "an", "A", "An"):
+                text = f"{head} {last[0]}" if head else last[0]
+                text += "n " if vowel_sound(value) else " "
+            if i == 0 and not literal and field not in ("v", "w") and not lower:
                 value = capital(value)
             blank = text.endswith(" ")
             out += [(text[:-1] if blank else text, ""), (f" {value}" if blank else value, field)]
@@ -79,15 +103,30 @@ class Relation:
     value: str
     subjects: tuple[str, ...]
     generic: bool
-    bare_value: bool                                                  # templates bring the article of {v} themselves
+    bare_value: bool  # templates bring the article of {v} themselves
     bare_subject: bool
-    tells: Mapping[str, tuple[Template, ...]]                         # by split, as asks, indirect and corrections
+    tells: Mapping[str, tuple[Template, ...]]  # by split, as asks, indirect and corrections
     asks: Mapping[str, tuple[Template, ...]]
     indirect: Mapping[str, tuple[Template, ...]]
     corrections: Mapping[str, tuple[Template, ...]]
     acks: tuple[Template, ...]
     answers: tuple[Template, ...]
     unknowns: tuple[Template, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the name alone says what is meant: about the user, and not an open key."""
+        return not self.generic and not self.subjects
+
+    @property
+    def label(self) -> str:
+        """The name as words, for terse forms."""
+        return self.name.replace("_", " ")
+
+    @property
+    def about_things(self) -> bool:
+        """Whether the key is more than a person."""
+        return bool(set(self.subjects) - PEOPLE)
 
 
 def by_split(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -107,8 +146,9 @@ def _indirect(text: str) -> str:
     """'what my dog is called' from 'What is my dog called?', or nothing where that would not be English."""
     small = text[0].lower() + text[1:]
     for pattern, form in INDIRECT:
-        if (match := pattern.fullmatch(small.replace(" I ", " i "))) and not re.search(r"\w(?:ing|ed)\b", match[0]):
-            return re.sub(r"\bi\b", "I", match.expand(form)).replace("I am", "I am")
+        match = pattern.fullmatch(small.replace(" I ", " i "))
+        if match and not NOT_INDIRECT.search(match[0].removesuffix("called?").removesuffix("named?")):
+            return re.sub(r"\bi\b", "I", match.expand(form))
     return ""
 
 
@@ -118,6 +158,7 @@ def _determined(field: str, texts: Iterable[str]) -> bool:
 
 def parse_relation(name: str, table: Mapping[str, object], where: str) -> Relation:
     """A relation from its TOML table; raises ValueError naming file, relation and field."""
+
     def fail(field: str, why: str) -> ValueError:
         return ValueError(f"{where}: relation {name!r}: field {field!r}: {why}")
 
@@ -130,7 +171,7 @@ def parse_relation(name: str, table: Mapping[str, object], where: str) -> Relati
     if not isinstance(subject, str) or set(subject.split()) - kinds - KEY_KINDS:
         raise fail("subjects", f"not subject kinds: {subject!r}")
     subjects = tuple(subject.split())
-    known = {"v"} | ({"s"} if subjects else set()) | {f for k in subjects[1:] for f in ((k, "verbs") if k == "verb" else (k,))}
+    known = {"v", *(["s"] if subjects else []), *subjects[1:], *(f"{k}s" for k in subjects[1:] if k in VERB_KINDS)}
     lists: dict[str, list[str]] = {}
     for field in LISTS:
         texts = table.get(field)
@@ -149,12 +190,25 @@ def parse_relation(name: str, table: Mapping[str, object], where: str) -> Relati
     split = {field: by_split(lists[field]) for field in USER_LISTS}
     indirect = {s: tuple(filter(None, map(_indirect, texts))) for s, texts in split["asks"].items()}
     everything = [text for texts in lists.values() for text in texts]
-    parsed = {f: {s: tuple(map(Template.parse, t)) for s, t in d.items()} for f, d in (split | {"indirect": indirect}).items()}
+    user = {
+        field: {s: tuple(map(Template.parse, texts)) for s, texts in by.items()}
+        for field, by in (split | {"indirect": indirect}).items()
+    }
     return Relation(
-        name, value, subjects, name.startswith("generic_"), _determined("v", everything) or _determined("old", everything),
-        _determined("s", everything), parsed["tells"], parsed["asks"], parsed["indirect"], parsed["corrections"],
-        *(tuple(map(Template.parse, lists[f])) for f in ("acks", "answers", "unknowns")),
-    )  # fmt: skip
+        name,
+        value,
+        subjects,
+        generic=name.startswith("generic_"),
+        bare_value=_determined("v", everything) or _determined("old", everything),
+        bare_subject=_determined("s", everything),
+        tells=user["tells"],
+        asks=user["asks"],
+        indirect=user["indirect"],
+        corrections=user["corrections"],
+        acks=tuple(map(Template.parse, lists["acks"])),
+        answers=tuple(map(Template.parse, lists["answers"])),
+        unknowns=tuple(map(Template.parse, lists["unknowns"])),
+    )
 
 
 @functools.cache
@@ -182,12 +236,12 @@ def _merge(name: str, old: Mapping[str, object], new: Mapping[str, object], wher
     for field in ("value", "subjects"):
         if old.get(field, "") != new.get(field, ""):
             raise ValueError(f"{where}: relation {name!r}: field {field!r}: differs from an earlier file")
-    out = dict(new)
-    for field in LISTS:
-        first, second = old[field], new[field]
-        assert isinstance(first, list) and isinstance(second, list)
-        out[field] = [*first, *second]
-    return out
+
+    def texts(table: Mapping[str, object], field: str) -> list[object]:
+        found = table[field]
+        return found if isinstance(found, list) else []
+
+    return {**new, **{field: texts(old, field) + texts(new, field) for field in LISTS}}
 
 
 @functools.cache
@@ -201,13 +255,43 @@ def conflicts() -> dict[str, frozenset[str]]:
                 question = template.text.replace("{s}", subject).lower().replace("what's", "what is").rstrip("?.!")
                 asked.setdefault(question, set()).add(name)
     out = {name: set[str]() for name in relations()}
-    for names in asked.values():
+    for names in [*asked.values(), *[set(group) & out.keys() for group in ALIKE]]:
         for name in names:
             out[name] |= names - {name}
     return {name: frozenset(others) for name, others in out.items()}
+
+
+class _Drawn(dict[str, str]):
+    """Draws a value of the kind that a field names."""
+
+    def __init__(self, values: Values, rng: random.Random) -> None:
+        super().__init__()
+        self.drawer, self.rng = values, rng
+
+    def __missing__(self, kind: str) -> str:
+        return self.drawer.draw(kind, self.rng)
+
+
+@functools.cache
+def _distractors() -> tuple[Template, ...]:
+    return tuple(map(Template.parse, lines("distractors")))
+
+
+def filler(values: Values, rng: random.Random) -> str:
+    """A sentence that tells no fact of the user, but may name things."""
+    if rng.random() < 0.5:
+        return rng.choice(lines("filler"))
+    return rng.choice(_distractors()).render(_Drawn(values, rng))
 
 
 @functools.cache
 def decorations(name: str, split: str) -> tuple[str, ...]:
     """The prefixes, suffixes or wrappers of one word file that belong to ``split``."""
     return by_split(lines(name))[split]
+
+
+@functools.cache
+def pairs(split: str) -> tuple[tuple[str, str, Template], ...]:
+    """Sentences of ``split`` that tell two facts, {v} of the first relation and {w} of the second."""
+    out = [tuple(map(str.strip, line.split("|"))) for line in decorations("pairs", split)]
+    return tuple((first, second, Template.parse(text)) for first, second, text in out)

@@ -10,15 +10,14 @@ import random
 from collections.abc import Callable
 from importlib import resources
 
-__all__ = ["CLOSED", "SPLITS", "Values", "invent", "lines", "split_of", "words"]
+__all__ = ["CLOSED", "SPLITS", "Values", "invent", "lines", "split_of", "vowel_sound", "words"]
 
 SPLITS = ("train", "dev", "test")
 CLOSED = frozenset({"weekday", "month", "small_number"})
 Draw = Callable[[random.Random], str]
-
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October")
-MONTHS += ("November", "December")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December")  # fmt: skip
 NUMERALS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 ONSETS = (
     ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"),
@@ -73,9 +72,17 @@ def invent(rng: random.Random, syllables: int = 0) -> str:
     return word if len(word) > 2 else word + rng.choice(onsets) + rng.choice(vowels)
 
 
+def vowel_sound(phrase: str) -> bool:
+    """Whether "an" goes before ``phrase``, as far as spelling tells."""
+    small = phrase.lower()
+    if small.startswith(("uni", "use", "eu", "one", "ukr", "uga", "uru")):
+        return False
+    return small.startswith(("a", "e", "i", "o", "u", "8", "11", "18", "hour", "honest", "heir", "herb"))
+
+
 def article(phrase: str) -> str:
     """``phrase`` behind its indefinite article."""
-    return f"{'an' if phrase[0].lower() in 'aeiou' else 'a'} {phrase}"
+    return f"{'an' if vowel_sound(phrase) else 'a'} {phrase}"
 
 
 def capital(phrase: str) -> str:
@@ -119,6 +126,15 @@ def _price(rng: random.Random) -> str:
     return rng.choice((f"${n}", f"{n} dollars", f"{n} euros", f"{n} pounds", f"${n}.{rng.randint(0, 99):02d}"))
 
 
+def _small(rng: random.Random) -> str:
+    return rng.choice(NUMERALS) if rng.random() < 0.25 else str(rng.randint(2, 99))
+
+
+def _when(rng: random.Random) -> str:
+    part = rng.choice(("", "", " morning", " afternoon", " evening", " night"))
+    return _date(rng) if rng.random() < 0.5 else rng.choice(WEEKDAYS) + part
+
+
 class Values:
     """Draws values of every kind that belong to one split."""
 
@@ -127,23 +143,24 @@ class Values:
             raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
         self.split = split
         self._lists: dict[str, tuple[str, ...]] = {}
-        open_kinds: dict[str, Draw] = {
-            "country": self._listed("countries"), "color": self._color, "animal": self._listed("animals"),
-            "food": self._food, "job": self._listed("jobs"), "hobby": self._listed("hobbies"),
-            "word": self._listed("nouns"), "invented": invent,
-        }  # fmt: skip
-        names: dict[str, Draw] = {"name": self._listed("names"), "surname": self._listed("surnames"),
-                                  "place": self._listed("places")}  # fmt: skip
-        names["country"] = open_kinds.pop("country")
-        self._draws: dict[str, Draw] = {kind: self._mixed(draw) for kind, draw in open_kinds.items()}
-        self._draws |= {kind: self._mixed(draw, capital) for kind, draw in names.items()}
+        plain = {"animal": "animals", "job": "jobs", "hobby": "hobbies", "word": "nouns"}
+        names = {"name": "names", "surname": "surnames", "place": "places", "country": "countries"}
+        self._draws: dict[str, Draw] = {kind: self._mixed(self._listed(name)) for kind, name in plain.items()}
+        self._draws |= {kind: self._mixed(self._listed(name), capital) for kind, name in names.items()}
         self._draws |= {
-            "fullname": self._fullname, "thing": self._thing, "title": self._title, "number": _number, "code": _code,
-            "phone": _phone, "date": _date, "time": _time, "price": _price, "weekday": lambda r: r.choice(WEEKDAYS),
-            "month": lambda r: r.choice(MONTHS), "year": lambda r: str(r.randint(1850, 2080)),
-            "small_number": self._small, "any": self._any, "any_name": self._any_name, "any_code": self._any_code,
-            "spot": self._spot, "phrase": self._phrase,
+            "color": self._mixed(self._color), "food": self._mixed(self._food), "invented": invent,
+            "fullname": self._fullname, "thing": self._thing, "title": self._title, "phrase": self._phrase,
+            "number": _number, "code": _code, "phone": _phone, "date": _date, "time": _time, "price": _price,
+            "weekday": lambda r: r.choice(WEEKDAYS), "month": lambda r: r.choice(MONTHS),
+            "year": lambda r: str(r.randint(1850, 2080)), "small_number": _small, "when": _when, "spot": self._spot,
+            "any": self._any, "any_name": self._any_name, "any_code": self._any_code, "object": self._object,
         }  # fmt: skip
+
+    @staticmethod
+    @functools.cache
+    def of(split: str) -> "Values":
+        """The one drawer of a split."""
+        return Values(split)
 
     def kinds(self) -> frozenset[str]:
         """The kinds that ``draw`` knows."""
@@ -171,16 +188,18 @@ class Values:
         return lambda rng: rng.choice(entries)
 
     def _mixed(self, listed: Draw, style: Callable[[str], str] = str) -> Draw:
+        """Listed values, but often an invented one or any common word: the kind never tells the value."""
+        common = tuple(w for name in ("nouns", "more_nouns") for w in self.own(name))
+        if style is capital:
+            common += self.own("adjectives")
+
         def draw(rng: random.Random) -> str:
             chance = rng.random()
             if chance < 0.35:
                 return style(invent(rng))
-            return style(self._common(rng)) if chance < 0.5 else listed(rng)
+            return style(rng.choice(common)) if chance < 0.5 else listed(rng)
 
         return draw
-
-    def _common(self, rng: random.Random) -> str:
-        return rng.choice(self.own("nouns" if rng.random() < 0.7 else "adjectives"))
 
     def _phrase(self, rng: random.Random) -> str:
         return f"{rng.choice(words('adjectives'))} {rng.choice(words('nouns'))}"
@@ -213,19 +232,19 @@ class Values:
         forms = (f"The {adjective} {noun}", f"{adjective} {noun}", f"The {noun} of {name}", name, f"{name} {noun}")
         return rng.choice(forms)
 
-    def _small(self, rng: random.Random) -> str:
-        return rng.choice(NUMERALS) if rng.random() < 0.25 else str(rng.randint(2, 99))
-
     def _spot(self, rng: random.Random) -> str:
         noun = self._phrase(rng) if rng.random() < 0.35 else self.noun(rng)
         return f"{rng.choice(PREPOSITIONS)} the {noun}"
 
     def _any(self, rng: random.Random) -> str:
-        kinds = ("invented", "invented", "word", "name", "place", "thing", "number", "color", "food", "code", "title")
+        kinds = ("invented", "invented", "word", "name", "place", "thing", "thing", "number", "color", "code", "title")
         return self._draws[rng.choice(kinds)](rng)
 
     def _any_name(self, rng: random.Random) -> str:
         return self._draws[rng.choice(("name", "name", "invented", "title", "place", "fullname"))](rng)
+
+    def _object(self, rng: random.Random) -> str:
+        return self._draws[rng.choice(("food", "thing", "thing", "invented", "hobby", "word"))](rng)
 
     def _any_code(self, rng: random.Random) -> str:
         return self._draws[rng.choice(("code", "number", "invented", "word", "phrase", "name"))](rng)
