@@ -1,0 +1,74 @@
+"""Settings as frozen dataclasses. The environment is read in one function, `from_environment`, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from nested_runtime.errors import ConfigError
+
+__all__ = ["EngineConfig", "SessionConfig", "from_environment"]
+
+PREFIX = "NESTED_"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one model is run.
+
+    slots               sessions that can be worked on at the same time (each holds one state)
+    max_batch_tokens    tokens of one engine step
+    queue               sequences that may wait for a slot before requests get 429
+    max_context         tokens one turn may read and write
+    prefix_cache_bytes  host memory for states after prompt prefixes of memoryless requests; 0 = off
+    threads             torch threads; 0 = leave torch's choice
+    """
+
+    slots: int = 16
+    max_batch_tokens: int = 512
+    queue: int = 256
+    max_context: int = 32_768
+    prefix_cache_bytes: int = 64 << 20
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self, zero_allowed=("prefix_cache_bytes", "threads", "queue"))
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """How sessions are held.
+
+    lease_seconds      a lease is renewed after a third of it; a server that stops longer is fenced
+    wait_seconds       how long a turn waits for a busy session before 409
+    waiting            turns that may wait for one session before 409
+    resident_bytes     host memory for states of recently used sessions
+    default_tokens     max_tokens of a request that names none
+    at_rest            "exact", or "bf16": states are rounded to half their size after every turn
+    """
+
+    lease_seconds: float = 30.0
+    wait_seconds: float = 30.0
+    waiting: int = 8
+    resident_bytes: int = 256 << 20
+    default_tokens: int = 256
+    at_rest: str = "exact"
+
+    def __post_init__(self) -> None:
+        _check(self, zero_allowed=("wait_seconds", "waiting", "resident_bytes"))
+
+
+def _check(config: EngineConfig | SessionConfig, zero_allowed: tuple[str, ...]) -> None:
+    for name, value in asdict(config).items():
+        if isinstance(value, str):
+            continue
+        if value < 0 or (value == 0 and name not in zero_allowed):
+            raise ConfigError(f"{name} is {value!r}; give a number over 0")
+
+
+def from_environment(config: type, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Values of `NESTED_<FIELD>` for the fields of a config dataclass, as text, by field name."""
+    environ = os.environ if environ is None else environ
+    names = {field.name: PREFIX + field.name.upper() for field in fields(config)}
+    return {name: environ[variable] for name, variable in names.items() if variable in environ}

@@ -1,0 +1,163 @@
+"""SessionManager: what can be done to a session without the model answering: reset, restore, fork, export, import."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nested_runtime.errors import Conflict, NotFound, RequestError, StateError
+from nested_runtime.sessions.history import Record
+from nested_runtime.sessions.vault import ServedModel, Start, Vault, record_of, zeros
+from nested_runtime.state import codec
+from nested_runtime.state.spec import TensorSpec
+from nested_runtime.store.base import SessionKey, Version
+
+__all__ = ["Level", "SessionManager"]
+
+NOWHERE = -1
+"""Record.start of a conversation whose beginning lies in another session."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One memory level of a session."""
+
+    name: str
+    tensors: int
+    bytes: int
+    norm: float
+
+
+class SessionManager:
+    """Operations on stored sessions. Each takes the lease, so it cannot interleave with a turn.
+
+    find   the served model of a name, raising NotFound
+    """
+
+    def __init__(self, vault: Vault, find: Callable[[str], ServedModel]) -> None:
+        self.vault = vault
+        self._find = find
+
+    async def reset(self, key: SessionKey, levels: Sequence[str] | None = None, expect: int | None = None) -> Version:
+        """Make all levels (None) or the named ones fresh, as a new version."""
+        async with self.vault.hold(key) as lease:
+            head = await self.vault.head(key, expect)
+            model = self._find(head.model)
+            if levels is None:
+                start, source = Start(), 0
+            else:
+                start, source = await self._partly_fresh(key, head, model, levels), head.number
+            encoded = await self.vault.encode(key, head.number + 1, start, model)
+            return await self.vault.commit(lease, head.number, encoded, model, kind="reset", source=source)
+
+    async def _partly_fresh(self, key: SessionKey, head: Version, model: ServedModel, levels: Sequence[str]) -> Start:
+        known = sorted({spec.level for spec in model.specs})
+        unknown = [level for level in levels if level not in known]
+        if unknown or not levels:
+            raise RequestError(
+                f"levels {list(levels)} has none or unknown names; use some of {', '.join(known)}, or leave levels out",
+                param="levels",
+            )
+        start = await self.vault.load(key, head, model)
+        tensors = dict(start.tensors or {})
+        tensors.update(zeros(tuple(spec for spec in model.specs if spec.level in levels)))
+        return replace(start, tensors=tensors)
+
+    async def restore(
+        self, key: SessionKey, *, version: int | None = None, snapshot: str | None = None, expect: int | None = None
+    ) -> Version:
+        """Continue from a kept version or a snapshot: its state becomes the next version. Nothing is lost by it."""
+        async with self.vault.hold(key) as lease:
+            head = await self.vault.head(key, expect)
+            wanted = await self._wanted(key, version, snapshot)
+            model = self._find(wanted.model)
+            encoded = await self.vault.encode(key, head.number + 1, await self.vault.load(key, wanted, model), model)
+            record = record_of(wanted)
+            return await self.vault.commit(
+                lease, head.number, encoded, model, kind="restore", source=wanted.number, record=record
+            )
+
+    async def _wanted(self, key: SessionKey, version: int | None, snapshot: str | None) -> Version:
+        if (version is None) == (snapshot is None):
+            raise RequestError("give either a version or a snapshot to restore", param="snapshot")
+        if snapshot is not None:
+            found = [s.version for s in await self.vault.store.snapshots(key) if s.id == snapshot]
+            if not found:
+                raise NotFound(f"session {key.session!r} has no snapshot {snapshot!r}; list its snapshots")
+            version = found[0]
+        return await self.version(key, version)
+
+    async def version(self, key: SessionKey, number: int | None = None) -> Version:
+        """A kept version, the head when None; NotFound otherwise."""
+        head = await self.vault.head(key)
+        if number is None:
+            return head
+        for version in await self.vault.store.versions(key):
+            if version.number == number:
+                return version
+        raise NotFound(f"session {key.session!r} has no version {number} (never written, or no longer kept)")
+
+    async def fork(self, key: SessionKey, target: SessionKey, number: int | None = None) -> Version:
+        """A new session with the state of a version of this one; Conflict when `target` exists."""
+        source = await self.version(key, number)
+        model = self._find(source.model)
+        start = await self.vault.load(key, source, model)
+        return await self._create(target, start, model, kind="fork", record=_uprooted(record_of(source)))
+
+    async def _create(
+        self, key: SessionKey, start: Start, model: ServedModel, *, kind: str, record: Record | None = None
+    ) -> Version:
+        async with self.vault.hold(key) as lease:
+            if await self.vault.versions(key):
+                raise Conflict(f"session {key.session!r} exists already; choose another id or delete it first")
+            encoded = await self.vault.encode(key, 1, start, model)
+            return await self.vault.commit(lease, 0, encoded, model, kind=kind, record=record)
+
+    async def export(self, key: SessionKey, number: int | None = None) -> tuple[Version, bytes]:
+        """A version as the bytes that `import_` accepts: a safetensors file."""
+        version = await self.version(key, number)
+        _, blob = await self.vault.store.load(key, version.number)
+        return version, blob
+
+    async def import_(self, key: SessionKey, model: ServedModel, blob: bytes, expect: int | None = None) -> Version:
+        """Make exported bytes the session's next version. Refused bytes change nothing."""
+        fingerprint = model.backend.fingerprint
+        snapshot = await asyncio.to_thread(codec.decode, blob, model.specs, fingerprint)
+        start = Start(snapshot.tensors, snapshot.header.position, snapshot.header.pending)
+        if start.pending is not None and start.pending >= model.tokenizer.vocab_size:
+            raise StateError(f"state blob: pending token {start.pending} is not in the vocabulary of {model.id!r}")
+        async with self.vault.hold(key) as lease:
+            versions = await self.vault.versions(key, expect)
+            parent = versions[0].number if versions else 0
+            encoded = await self.vault.encode(key, parent + 1, start, model)
+            return await self.vault.commit(lease, parent, encoded, model, kind="import", source=0)
+
+    async def delete(self, key: SessionKey) -> bool:
+        """Erase the session, also under a running turn, which then cannot commit."""
+        existed = await self.vault.store.delete(key)
+        self.vault.forget(key)
+        return existed
+
+    async def levels(self, key: SessionKey) -> tuple[Version, list[Level]]:
+        """Size and norm of every memory level of the head."""
+        head = await self.vault.head(key)
+        model = self._find(head.model)
+        start = await self.vault.load(key, head, model)
+        return head, await asyncio.to_thread(_levels, model.specs, dict(start.tensors or {}))
+
+
+def _uprooted(record: Record | None) -> Record | None:
+    return None if record is None else replace(record, start=NOWHERE)
+
+
+def _levels(specs: tuple[TensorSpec, ...], tensors: dict[str, Any]) -> list[Level]:
+    result = []
+    for name in dict.fromkeys(spec.level for spec in specs):
+        of_level = [spec for spec in specs if spec.level == name]
+        squares = sum(float(torch.sum(tensors[spec.name].double() ** 2)) for spec in of_level)
+        result.append(Level(name, len(of_level), sum(spec.num_bytes for spec in of_level), squares**0.5))
+    return result

@@ -1,0 +1,195 @@
+"""Vault: where stored bytes become tensors and back. The only place that knows both the store and the codec."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from nested_runtime.backends.base import Backend
+from nested_runtime.config import SessionConfig
+from nested_runtime.errors import NotFound, SessionBusy, StateMismatch, VersionConflict
+from nested_runtime.sessions.history import Record
+from nested_runtime.state import codec
+from nested_runtime.state.cache import StateCache
+from nested_runtime.state.snapshot import Binding, Snapshot
+from nested_runtime.state.spec import TensorSpec
+from nested_runtime.store.base import Draft, Lease, SessionKey, StateStore, StoredAnswer, Version
+from nested_runtime.tokenizer import Tokenizer
+
+__all__ = ["Encoded", "ServedModel", "Start", "Vault", "record_of", "zeros"]
+
+Tensors = Mapping[str, torch.Tensor]
+Observer = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model of this server."""
+
+    id: str
+    backend: Backend
+    tokenizer: Tokenizer
+    specs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A state as it lies between turns: `tensors` None = fresh, `pending` is read first in the next turn."""
+
+    tensors: Tensors | None = None
+    position: int = 0
+    pending: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A state ready to be stored."""
+
+    start: Start
+    blob: bytes
+    digest: str
+
+
+class Vault:
+    """Leases, loads and commits sessions. `observe` is told the name and value of measurements."""
+
+    def __init__(
+        self, store: StateStore, config: SessionConfig | None = None, observe: Observer = lambda _name, _value: None
+    ) -> None:
+        self.store = store
+        self.config = config or SessionConfig()
+        self.residents = StateCache(self.config.resident_bytes)
+        self._observe = observe
+        self._waiting: Counter[SessionKey] = Counter()
+
+    @asynccontextmanager
+    async def hold(self, key: SessionKey) -> AsyncIterator[Lease]:
+        """The session's lease, renewed in the background; SessionBusy when too many wait for it, or for too long."""
+        if self._waiting[key] > self.config.waiting:
+            raise SessionBusy(
+                f"session {key.session!r} is busy and {self._waiting[key]} requests are ahead already (limit "
+                f"{self.config.waiting + 1}); send one request at a time per session"
+            )
+        self._waiting[key] += 1
+        try:
+            async with self.store.hold(key, ttl=self.config.lease_seconds, wait=self.config.wait_seconds) as lease:
+                yield lease
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
+
+    async def versions(self, key: SessionKey, expect: int | None = None) -> list[Version]:
+        """The kept versions, newest first; VersionConflict when the head is not the expected one (If-Match)."""
+        versions = await self.store.versions(key)
+        head = versions[0].number if versions else 0
+        if expect is not None and expect != head:
+            raise VersionConflict(
+                f"session {key.session!r} is at version {head}, not {expect} as If-Match says; read it and retry"
+            )
+        if not versions:
+            self.forget(key)
+        return versions
+
+    async def head(self, key: SessionKey, expect: int | None = None) -> Version:
+        """The newest version; NotFound when the session does not exist."""
+        versions = await self.versions(key, expect)
+        if not versions:
+            raise NotFound(f"session {key.session!r} does not exist; the first turn with its id creates it")
+        return versions[0]
+
+    async def load(self, key: SessionKey, version: Version, model: ServedModel) -> Start:
+        """The state of a version: the resident copy, else the stored bytes, decoded off the event loop."""
+        if version.fingerprint != model.backend.fingerprint:
+            raise StateMismatch(
+                f"session {key.session!r} holds a memory of model {version.model!r} "
+                f"(fingerprint {version.fingerprint[:12]}), which {model.id!r} ({model.backend.fingerprint[:12]}) "
+                "cannot read; use that model, another session id, or delete the session"
+            )
+        cached = (key.tenant, key.session, version.digest)
+        tensors = self.residents.get(cached)
+        if tensors is None:
+            began = perf_counter()
+            _, blob = await self.store.load(key, version.number)
+            binding = Binding(key.tenant, key.session, version.number)
+            snapshot = await asyncio.to_thread(codec.decode, blob, model.specs, version.fingerprint, binding)
+            tensors = snapshot.tensors
+            self._observe("load_seconds", perf_counter() - began)
+            self.residents.put(cached, tensors)
+        return Start(tensors, version.tokens, version.pending)
+
+    async def commit(
+        self,
+        lease: Lease,
+        parent: int,
+        encoded: Encoded,
+        model: ServedModel,
+        *,
+        kind: str,
+        source: int | None = None,
+        record: Record | None = None,
+        answer: StoredAnswer | None = None,
+    ) -> Version:
+        """Store an encoded state as the next version; `source` when it does not continue the parent."""
+        draft = Draft(
+            kind=kind,
+            tokens=encoded.start.position,
+            learned_tokens=encoded.start.position,
+            digest=encoded.digest,
+            fingerprint=model.backend.fingerprint,
+            model=model.id,
+            pending=encoded.start.pending,
+            source=None if source == parent else source,
+            **_of_record(record),
+        )
+        began = perf_counter()
+        version = await self.store.commit(lease, parent, encoded.blob, draft, answer)
+        self._observe("commit_seconds", perf_counter() - began)
+        if encoded.start.tensors is not None:
+            self.residents.put((lease.key.tenant, lease.key.session, encoded.digest), encoded.start.tensors)
+        return version
+
+    async def encode(self, key: SessionKey, number: int, start: Start, model: ServedModel) -> Encoded:
+        """A state as version `number` of a session, off the event loop. Continue from the tensors it returns."""
+        return await asyncio.to_thread(self._encode, key, number, start, model)
+
+    def _encode(self, key: SessionKey, number: int, start: Start, model: ServedModel) -> Encoded:
+        snapshot = Snapshot.take(
+            start.tensors if start.tensors is not None else zeros(model.specs),
+            fingerprint=model.backend.fingerprint,
+            binding=Binding(key.tenant, key.session, number),
+            position=start.position,
+            pending=start.pending,
+            at_rest=self.config.at_rest,
+        )
+        kept = Start(snapshot.tensors, start.position, start.pending)
+        return Encoded(kept, codec.encode(snapshot), snapshot.header.digest)
+
+    def forget(self, key: SessionKey) -> None:
+        """Drop resident copies."""
+        self.residents.forget((key.tenant, key.session))
+
+
+def zeros(specs: tuple[TensorSpec, ...]) -> dict[str, torch.Tensor]:
+    """The fresh state."""
+    return {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs}
+
+
+def _of_record(record: Record | None) -> dict[str, Any]:
+    if record is None:
+        return {}
+    return {"chain": record.chain, "root": record.root, "messages": record.count, "extra": {"start": record.start}}
+
+
+def record_of(version: Version) -> Record | None:
+    """The conversation a version stands at, if a conversation wrote it."""
+    if not version.chain:
+        return None
+    return Record(version.root, version.chain, version.messages, int(version.extra.get("start", -1)))
