@@ -155,3 +155,15 @@ def make_bench(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> Ben
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture
+def bench_sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+    """A SQLite file."""
+    return make_bench(request, tmp_path, "sqlite")
+
+
+@pytest.fixture
+def bench_redis(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+    """A prefix of its own on the common server."""
+    return make_bench(request, tmp_path, "redis")

@@ -1,0 +1,72 @@
+"""Several processes on one store, and processes that are killed while they commit."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_runtime.store.base import SessionKey, StateStore
+from nested_runtime.store.url import open_store
+
+WORKER = Path(__file__).with_name("store_worker.py")
+KEY = SessionKey("acme", "shared")
+
+
+def start(url: str, *args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(WORKER), url, *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+async def check(store: StateStore, newest: int) -> None:
+    versions = await store.versions(KEY)
+    assert [version.number for version in versions] == list(range(newest, max(newest - 8, 0), -1))
+    for version in versions:
+        assert (await store.load(KEY, version.number))[1] == version.number.to_bytes(4, "big") * 75_000
+    assert await store.fsck() == []
+
+
+def test_processes_share_a_new_store(shared_bench: Any) -> None:
+    """They create it at the same moment and take turns on one session; no turn is lost."""
+    workers = [start(shared_bench.url, "turns", "15") for _ in range(3)]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=100)
+        assert worker.returncode == 0, errors
+
+    async def main() -> None:
+        async with open_store(shared_bench.url) as store:
+            await check(store, 45)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kills", [12])
+def test_a_killed_writer_leaves_whole_versions(shared_bench: Any, kills: int) -> None:
+    """SIGKILL at random moments of commits: every version it printed is there, at most one more, each of them whole."""
+    luck = random.Random(5)
+
+    async def check_after(printed: int) -> int:
+        async with open_store(shared_bench.url) as store:
+            head = await store.head(KEY)
+            newest = head.number if head else 0
+            assert newest in (printed, printed + 1)
+            await check(store, newest)
+            return newest
+
+    newest = 0
+    for _ in range(kills):
+        worker = start(shared_bench.url, "forever")
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        time.sleep(luck.uniform(0.0, 0.25))
+        worker.kill()
+        output, errors = worker.communicate()
+        assert "Traceback" not in errors, errors
+        newest = asyncio.run(check_after(max([newest, *map(int, output.split())])))
+    assert newest > kills
