@@ -1,0 +1,1 @@
+"""The `nested` command: chat, sessions, doctor."""

@@ -1,0 +1,61 @@
+"""The Python SDK: sessions with a memory, blocking or async, without torch.
+
+from clients.python import Client
+
+with Client() as client:
+    alice = client.session("alice")
+    alice.chat("My dog is called Rex.")
+    for piece in alice.stream("What is my dog called?"):
+        print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from .client import DEFAULT_BASE_URL, AsyncClient, AsyncSession, Client, Session
+from .drivers import AsyncReplyStream, ReplyStream
+from .errors import (
+    APIError,
+    BadRequest,
+    ClientError,
+    ConfigError,
+    Conflict,
+    ConnectionFailed,
+    NotAuthorized,
+    NotFound,
+    ProtocolError,
+    RateLimited,
+    ServerError,
+)
+from .types import ChatOptions, Learn, Level, Message, Model, Reply, SessionInfo, SessionRef, Snapshot, Usage, Version
+
+__all__ = [
+    "DEFAULT_BASE_URL",
+    "APIError",
+    "AsyncClient",
+    "AsyncReplyStream",
+    "AsyncSession",
+    "BadRequest",
+    "ChatOptions",
+    "Client",
+    "ClientError",
+    "ConfigError",
+    "Conflict",
+    "ConnectionFailed",
+    "Learn",
+    "Level",
+    "Message",
+    "Model",
+    "NotAuthorized",
+    "NotFound",
+    "ProtocolError",
+    "RateLimited",
+    "Reply",
+    "ReplyStream",
+    "ServerError",
+    "Session",
+    "SessionInfo",
+    "SessionRef",
+    "Snapshot",
+    "Usage",
+    "Version",
+]
