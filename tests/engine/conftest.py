@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from torch import nn
 
 from nested_runtime.core import Batch
 from nested_runtime.models.base import LanguageModel, Pool
+from nested_runtime.registry import FAMILIES
 from nested_runtime.state.spec import TensorSpec
 
 
 class GatedCounter(LanguageModel):
     """h <- g(x, position) h + x, copied to `anchor` at chunk ends; `window` holds the last two tokens' embeddings."""
 
+    TINY: ClassVar[dict[str, Any]] = {}
     vocab_size = 40
     chunk = 4
     width = 8
@@ -29,6 +32,13 @@ class GatedCounter(LanguageModel):
         self.poison: int | None = None  # a token whose hidden state is NaN
         self.crash: int | None = None  # a token that makes forward raise
         self.num_read = 0
+
+    @classmethod
+    def from_config(cls, fields: Mapping[str, Any]) -> GatedCounter:
+        return cls()
+
+    def to_config(self) -> dict[str, Any]:
+        return {}
 
     def state_spec(self) -> tuple[TensorSpec, ...]:
         return (
@@ -73,7 +83,29 @@ class GatedCounter(LanguageModel):
         raise NotImplementedError
 
 
+def _build(name: str, dtype: torch.dtype) -> LanguageModel:
+    if name == "counter":
+        return GatedCounter().to(dtype).eval()
+    try:
+        family = FAMILIES.get(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"family {name!r} is registered but not there yet: {error}")
+    model = family.from_config(family.TINY)
+    # Fresh output projections are zero: without noise a wrong state would go unseen.
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype).eval()
+
+
 @pytest.fixture(scope="session")
-def make_counter() -> Callable[[], GatedCounter]:
-    """Builds equal float64 models."""
-    return lambda: GatedCounter().double()
+def build_model() -> Callable[[str, torch.dtype], LanguageModel]:
+    """Builds a model of a registered family's TINY config, or "counter"; equal calls give equal models."""
+    return _build
+
+
+@pytest.fixture
+def counter() -> LanguageModel:
+    """A fresh float64 model, with switches for failures: `poison` and `crash`."""
+    return _build("counter", torch.float64)
