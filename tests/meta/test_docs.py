@@ -60,9 +60,7 @@ def test_docs_tree_of_the_readme_is_the_tree() -> None:
     for line in block[1].splitlines():
         name = line.split()[0] if line.split() else ""
         parent = parent if line.startswith(" ") else Path()
-        assert not name or (ROOT / parent / name).exists(), (
-            f"README.md's tree has {parent / name}, which does not exist"
-        )
+        assert not name or (ROOT / parent / name).exists(), f"README.md names {parent / name}: it does not exist"
         if not line.startswith(" ") and name.endswith("/"):
             parent = Path(name)
     assert {f"{package}/" for package in ("nested_runtime", "server", "clients")} <= set(listed)
