@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from nested_runtime.errors import ConfigError
 
@@ -33,7 +33,7 @@ def from_fields(kind: type[T], values: Mapping[str, Any]) -> T:
 
 def _check(name: str, value: Any, hint: Any) -> None:
     allowed = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
-    plain = tuple(t for t in allowed if isinstance(t, type))
+    plain = tuple(get_origin(t) or t for t in allowed)
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
         raise ConfigError(f"config field {name!r} must be {hint}, got {value!r}")
     if name in POSITIVE and isinstance(value, int) and value < 1:

@@ -68,7 +68,7 @@ class Hope(LanguageModel):
         super().__init__()
         self.config = config
         self.vocab_size, self.chunk = config.vocab_size, config.chunk
-        self.embed = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.05)
+        self.embed = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.blocks))
         self.norm = nn.Parameter(torch.ones(config.dim))
 

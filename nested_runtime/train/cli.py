@@ -45,10 +45,8 @@ def load_config(path: Path) -> TrainConfig:
     model, family = values.pop("model", None), values.pop("family", None)
     if not isinstance(model, dict) or not isinstance(family, str):
         raise ConfigError(f"--config {path}: fields 'family' (string) and 'model' (mapping) are required")
-    base = TrainConfig(family=family, model=model, mixture=mixture)
-    fields = {**{k: getattr(base, k) for k in base.__dataclass_fields__}, **values}
-    checked = from_fields(TrainConfig, {k: v for k, v in fields.items() if k not in ("model", "mixture")} | {"model": {}})
-    return replace(checked, model=model, mixture=mixture)
+    checked = from_fields(TrainConfig, {**values, "family": family, "model": model})
+    return replace(checked, mixture=mixture)
 
 
 def _tokenizer(args: argparse.Namespace, vocab_size: int) -> Tokenizer:
@@ -97,3 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     except NestedError as error:
         print(f"nested-train: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -153,8 +153,16 @@ class Lanes:
     """B lanes of sessions, cut into segments of T tokens; a lane's memory is carried until its session ends."""
 
     def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, lanes: int, length: int, seed: int, mixture: Mixture
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        lanes: int,
+        length: int,
+        seed: int,
+        mixture: Mixture,
+        split: str = "train",
     ) -> None:
+        self.split = split
         self.corpus, self.tokenizer, self.length, self.mixture = corpus, tokenizer, length, mixture
         self.rng = random.Random(seed)
         self.progress = 0.0
@@ -177,10 +185,9 @@ class Lanes:
         return Session(tokens, self._thin(weights))
 
     def _thin(self, weights: np.ndarray) -> np.ndarray:
-        """Small weights become rare ones of 0.5: the same expectation with fewer vocabulary projections."""
+        """Weights below 1 become rare ones of 1: the same expectation with fewer vocabulary projections."""
         draw = np.random.default_rng(self.rng.getrandbits(32)).random(len(weights))
-        low = weights < 0.5
-        return np.where(low, np.where(draw < weights / 0.5, 0.5, 0.0), weights).astype(np.float32)
+        return np.where(weights < 1.0, draw < weights, weights).astype(np.float32)
 
     def _draw(self) -> Session:
         shares = self.mixture.at(self.progress)

@@ -36,6 +36,8 @@ class _Saved(NamedTuple):
     q_norm: torch.Tensor
     k: torch.Tensor
     k_norm: torch.Tensor
+    v: torch.Tensor
+    v_norm: torch.Tensor
     u: torch.Tensor
     alpha: torch.Tensor
     eta: torch.Tensor
@@ -81,7 +83,7 @@ def _forward(
     mem, v_rows = rows(dim)["mem"], rows(dim)["v"]
     y = xk @ M[:, : dim + 2].transpose(1, 2)
     k, k_norm = _normalise(y[..., :dim])
-    v = xv @ M[:, v_rows].transpose(1, 2)
+    v, v_norm = _normalise(xv @ M[:, v_rows].transpose(1, 2))
     q, q_norm = _normalise(xq)
     alpha_logit = a + y[..., dim + 1]
     alpha, log_alpha = torch.sigmoid(alpha_logit), logsigmoid(alpha_logit)
@@ -111,8 +113,9 @@ def _forward(
     last = G[:, -1:]
     X_next = torch.baddbmm(X * last.exp()[..., None], (D * (last - G).exp()[..., None]).transpose(1, 2), k)
     saved = _Saved(
-        xq, xk, xv, X, M, q, q_norm, k, k_norm, u, alpha, eta, eta_gate, G, G_prev, U, P, F, KK, inverse, D, E, QK, Oq
-    )
+        xq, xk, xv, X, M, q, q_norm, k, k_norm, v, v_norm, u, alpha, eta, eta_gate, G, G_prev, U, P, F, KK, inverse, D,
+        E, QK, Oq,
+    )  # fmt: skip
     return out, X_next, saved
 
 
@@ -195,8 +198,9 @@ def _backward(
     scaled_eta = d_eta * s.eta
     da = (d_log_alpha + scaled_eta) * (1 - s.alpha)
     de = scaled_eta * (1 - s.eta_gate)
-    dxv = du @ s.M[:, v_rows]
-    dM[:, v_rows] += du.transpose(1, 2) @ s.xv
+    dv = _normalise_backward(du, s.v, s.v_norm)
+    dxv = dv @ s.M[:, v_rows]
+    dM[:, v_rows] += dv.transpose(1, 2) @ s.xv
     dy = torch.empty(*dk.shape[:2], dim + 2, dtype=dk.dtype, device=dk.device)
     dy[..., :dim] = _normalise_backward(dk, s.k, s.k_norm)
     dy[..., dim], dy[..., dim + 1] = de, da
@@ -288,5 +292,6 @@ def chunk_scan(
     Returns outputs [B, T, H, K] and the state after the last token. T need not be a multiple of C (the last chunk is
     then left unfinished: only valid when nothing follows).
     """
-    out, new = ChunkScan.apply(xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options)
+    with torch.autocast(xq.device.type, enabled=False):  # memories stay in their own precision
+        out, new = ChunkScan.apply(xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options)
     return out, new

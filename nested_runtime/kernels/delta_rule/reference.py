@@ -4,11 +4,14 @@ Source: NL Eq. 83-93 with the decisions of MODEL.md section 6. Per head, for mem
 base B_m (learned start) and session state X_m, the memory is M_m = B_m + X_m with retain="start"; with retain="zero"
 B only initialises X and M_m = X_m. Anchor a = state at the start of the chunk the token falls in.
 
-    k_t = l2norm(M_k,a x^k_t)      v_t = M_v,a x^v_t      q_t = l2norm(x^q_t)
+    k_t = l2norm(M_k,a x^k_t)      v_t = l2norm(M_v,a x^v_t)      q_t = l2norm(x^q_t)
     alpha_t = sigmoid(a_t + M_alpha,a x^k_t)              eta_t = alpha_t / 2 * sigmoid(e_t + M_eta,a x^k_t)
     vhat_m,t = M_m,a v_t
     X_m,t = X_m,t-1 (alpha_t I - eta_t k_t k_t^T) - eta_t r_m (M_m,a k_t - vhat_m,t) k_t^T         NL Eq. 88
     o_t = M_mem,t q_t   (read="token")   or   M_mem,a q_t   (read="anchor", NL Eq. 90)
+
+v is normalised like k (the paper leaves it free): targets M v feed back into M, and with ||v|| > 2 that loop grows
+exponentially from chunk to chunk (docs/log.md).
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def reference_scan(
             anchor = live
         memory = start + anchor
         k = _unit(memory[row["k"]] @ xk[t])
-        v = memory[row["v"]] @ xv[t]
+        v = _unit(memory[row["v"]] @ xv[t])
         q = _unit(xq[t])
         alpha = torch.sigmoid(alpha_logit[t] + memory[row["alpha"]] @ xk[t])
         eta = ETA_MAX * alpha * torch.sigmoid(eta_logit[t] + memory[row["eta"]] @ xk[t])

@@ -61,7 +61,7 @@ def segment(
     memory = start + state.anchor
     y = xk @ memory[:, : dim + 2].transpose(1, 2)
     k, q = _unit(y[..., :dim]), _unit(xq)
-    v = xv @ memory[:, row["v"]].transpose(1, 2)
+    v = _unit(xv @ memory[:, row["v"]].transpose(1, 2))
     alpha_logit = alpha_logit + y[..., dim + 1]
     log_alpha = logsigmoid(alpha_logit)
     eta = ETA_MAX * torch.sigmoid(alpha_logit) * torch.sigmoid(eta_logit + y[..., dim])
