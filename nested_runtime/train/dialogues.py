@@ -10,24 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nested_runtime.train.drills import copy_drill
-from nested_runtime.train.keys import Fields, draw_key
+from nested_runtime.train.keys import Fields, draw_key, identity
 from nested_runtime.train.messages import Dialogue, DialogueSpec, Message, Probe, ProbeKind, Span, Weights, stage
 from nested_runtime.train.phrasing import Relation, Template, conflicts, decorations, filler, pairs, relations
 from nested_runtime.train.values import Values, lines
 
-__all__ = [
-    "Chat",
-    "Dialogue",
-    "DialogueSpec",
-    "Message",
-    "Probe",
-    "Span",
-    "Weights",
-    "copy_drill",
-    "generate",
-    "relations",
-    "stage",
-]
+__all__ = ["Chat", "Dialogue", "DialogueSpec", "Message", "Probe", "Span", "Weights", "copy_drill", "generate",
+           "relations", "stage"]  # fmt: skip
 
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
 
@@ -106,7 +95,7 @@ class _Writer:
     def admit(self, relation: Relation, user: Fields) -> bool:
         """Claim a subject; a noun or a verb is claimed for all relations, a person for one only."""
         scope = "" if relation.about_things else relation.name
-        subject = (scope, *[v.removeprefix("my ").removeprefix("the ").lower() for v in user.values()])
+        subject = (scope, *identity(relation.subjects, user))
         if subject in self.subjects or conflicts()[relation.name] & self.used.keys():
             return False
         self.subjects.add(subject)
@@ -168,7 +157,9 @@ class _Writer:
                 value = value.split(" ", 1)[1]
             value = value.lower() if self.lower else value
             small = value.lower()
-            if not mentions(self.history, small) and not any(mentions(small, v) for v in self.taken):
+            if not mentions(self.history, small) and not any(
+                mentions(small, v) or mentions(v, small) for v in self.taken
+            ):
                 self.taken.add(small)
                 return value
         raise _ExhaustedError(f"no new value for relation {relation.name!r}")
@@ -248,7 +239,8 @@ class _Writer:
         if fact.partner:
             names = (relation.name, fact.partner.relation.name)
             template = self.rng.choice([t for *pair, t in pairs(self.split) if tuple(pair) == names])
-            return self.user_text(template, fact.user | {"w": fact.partner.value}, "tell_prefixes", "tell_suffixes")
+            fields = fact.user | {"s": fact.user.get("s", "").removeprefix("my "), "w": fact.partner.value}
+            return self.user_text(template, fields, "tell_prefixes", "tell_suffixes")
         if relation.plain and self.chance(self.spec.p_terse / 2):
             return f"{relation.label}{self.rng.choice((': ', ' = ', ' - '))}{fact.value}"
         template = self.rng.choice(relation.tells[self.split])
@@ -277,7 +269,7 @@ class _Writer:
             fact.heard.add(template.text)
             text = self.user_text(template, fact.user, "ask_prefixes", "ask_suffixes")
         if self.chance(self.spec.p_embedded / 2):
-            text = self.among_others(text, after=0)
+            text = self.among_others(text if text[-1] in ".!?" else text + "?", after=0)
         self.say("user", [Span(text, Weights.question)])
 
     def probe(self, fact: _Fact, kind: ProbeKind, expected: str, distance: int) -> None:

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 from nested_runtime.train.values import Values, capital, invent
 
-__all__ = ["KEY_KINDS", "VERB_KINDS", "Fields", "draw_key", "third_person"]
+__all__ = ["KEY_KINDS", "VERB_KINDS", "Fields", "draw_key", "identity", "third_person"]
 
 Fields = dict[str, str]
 VERB_KINDS = {"verb": "verbs", "act": "place_verbs"}
 LISTED = VERB_KINDS | {"relative": "relatives", "topic": "topics"}
+SAME_PERSON = {"mom": "mother", "dad": "father", "grandma": "grandmother", "grandpa": "grandfather", "wife": "partner",
+               "husband": "partner", "girlfriend": "partner", "boyfriend": "partner", "fiance": "partner",
+               "flatmate": "roommate", "manager": "boss", "best friend": "friend"}  # fmt: skip
+SIBLINGS = ("sister", "brother")
 KEY_KINDS = frozenset({"person", "my_noun", "the_noun", "noun", "event", "plural", *LISTED})
 
 
@@ -68,3 +72,18 @@ def draw_key(kinds: Sequence[str], bare: bool, values: Values, rng: random.Rando
         if kind in VERB_KINDS:
             user[kind + "s"] = assistant[kind + "s"] = third_person(mine)
     return user, assistant
+
+
+def identity(kinds: Sequence[str], user: Fields) -> tuple[str, ...]:
+    """What a key comes down to: keys of one identity (my mom, my mother; the icy kilt, my kilt) would be ambiguous."""
+    out = []
+    for i, kind in enumerate(kinds):
+        text = user["s" if i == 0 else kind].lower()
+        bare = text.removeprefix("my ").removeprefix("the ")
+        if kind == "relative" or (text.startswith("my ") and kind == "person"):
+            last = bare.rpartition(" ")[2]
+            bare = SAME_PERSON.get(bare, last if last in SIBLINGS else bare)
+        elif kind in ("my_noun", "the_noun", "event"):
+            bare = bare.rpartition(" ")[2]
+        out.append(bare)
+    return tuple(out)

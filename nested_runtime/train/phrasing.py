@@ -35,7 +35,8 @@ STARTERS = frozenset(
      "Can", "Could", "Tell", "Remind")
 )  # fmt: skip
 # Relations that tell the same thing in other words, beside those that share a question.
-ALIKE = (("pet_kind", "dog_name", "cat_name", "parrot_name", "horse_name"),)
+PETS = ("dog_name", "cat_name", "parrot_name", "horse_name")
+ALIKE = (*(("pet_kind", pet) for pet in PETS), ("employer", "company_name"))
 INDIRECT = (
     (re.compile(r"(what|who|where|when|how old|which \w+) (is|was) ((?:my|the|our|i|\{s\})\b.*?)( called| named)?\?"),
      r"\1 \3 \2\4"),
@@ -249,8 +250,9 @@ def conflicts() -> dict[str, frozenset[str]]:
     """For every relation those that share a question with it: two of them would be ambiguous in one dialogue."""
     asked: dict[str, set[str]] = {}
     for name, relation in relations().items():
-        people = tuple(f"my {r}" for r in words("relatives")) if relation.subjects[:1] == ("person",) else ()
-        for subject in people or (words("relatives") if relation.subjects[:1] == ("relative",) else ("{s}",)):
+        kind = relation.subjects[:1]
+        people = tuple(f"my {r}" for r in words("relatives")) if kind == ("person",) else ()
+        for subject in words("relatives") if kind == ("relative",) else ("{s}", *people):
             for template in {t for ts in relation.asks.values() for t in ts}:
                 question = template.text.replace("{s}", subject).lower().replace("what's", "what is").rstrip("?.!")
                 asked.setdefault(question, set()).add(name)

@@ -1,6 +1,7 @@
 """Memory dialogues: deterministic, disjoint between splits, and honest about what was told."""
 
 import random
+import re
 import time
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nested_runtime.train import dialogues, phrasing, values
+from nested_runtime.train import dialogues, keys, phrasing, values
 
 SPLITS = values.SPLITS
 SEEDS = st.integers(0, 2**32 - 1)
@@ -98,6 +99,41 @@ def test_values_are_too_many_to_be_learned_by_heart(kind: str) -> None:
     rng, drawer = random.Random(0), values.Values("train")
     drawn = [drawer.draw(kind, rng) for _ in range(2000)]
     assert len(set(drawn)) > 700
+
+
+def test_paired_facts_are_about_one_relative_or_the_user() -> None:
+    for split in SPLITS:
+        for first, second, template in phrasing.pairs(split):
+            both = [phrasing.relations()[name] for name in (first, second)]
+            assert all(r.subjects in ((), ("relative",), ("person",)) for r in both)
+            assert template.fields <= {"s", "v", "w"}
+            assert {"v", "w"} <= template.fields
+            assert second not in phrasing.conflicts()[first]
+
+
+def test_relations_are_in_conflict_with_each_other_not_with_themselves() -> None:
+    conflicts = phrasing.conflicts()
+    for name, others in conflicts.items():
+        assert name not in others
+        assert all(name in conflicts[other] for other in others)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "one", "other"),
+    [(("person",), {"s": "my mom"}, {"s": "my mother"}), (("relative",), {"s": "big sister"}, {"s": "sister"}),
+     (("my_noun",), {"s": "my icy kilt"}, {"s": "the kilt"})],
+)  # fmt: skip
+def test_two_names_of_one_thing_are_one_identity(kinds: tuple[str, ...], one: keys.Fields, other: keys.Fields) -> None:
+    assert keys.identity(kinds, one) == keys.identity(kinds, other)
+
+
+def test_english_of_many_dialogues() -> None:
+    slips = re.compile(
+        r"\b(my my|the the|a a|a an|an a)\b|[{}]|  |\?\?|\b an [bcdfgjklmnpqrstvwz]| [,.]", re.IGNORECASE
+    )
+    for seed in range(400):
+        for message in make(seed, SPLITS[seed % 3]).messages:
+            assert not slips.search(message.content), message.content
 
 
 def test_corrections_unknowns_and_noise_occur() -> None:
