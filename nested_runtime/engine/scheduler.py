@@ -62,12 +62,15 @@ class Scheduler:
         turns = deque(job for job in self._prefilling if job.is_prefilling)
         grants = dict.fromkeys(turns, 0)
         served: list[Job] = []
-        while turns and budget > 0:
-            job = turns.popleft()
+        while turns:
+            job = turns[0]
             to_boundary = self.quantum - (job.place + grants[job]) % self.quantum
-            take = min(to_boundary, job.room - grants[job], budget)
+            take = min(to_boundary, job.room - grants[job])
+            if take > budget:
+                break
             grants[job] += take
             budget -= take
+            turns.popleft()
             (turns if grants[job] < job.room else served).append(job)
         self._prefilling = turns + deque(served)
         return [(job, count) for job, count in grants.items() if count]

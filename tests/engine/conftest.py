@@ -1,4 +1,4 @@
-"""A small model family whose state mixes tokens, session position and a chunk clock: it notices every wrong schedule."""
+"""A small model family whose state mixes tokens, session position and a chunk clock, so wrong schedules show."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class GatedCounter(LanguageModel):
 
     def step(self, token: int, position: int, state: dict[str, torch.Tensor]) -> torch.Tensor:
         x = self.embedding[token]
-        gate = torch.sigmoid(x @ self.gate + 0.1 * (position % 7))
+        gate = torch.sigmoid(x @ self.gate + position % 7 - 3)
         state["live"] = gate * state["live"] + x + 0.3 * state["window"].mean(0) + 0.1 * state["anchor"]
         state["window"] = torch.stack([state["window"][1], x])
         state["count"] = state["count"] + 1
@@ -95,7 +95,7 @@ def _build(name: str, dtype: torch.dtype) -> LanguageModel:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.to(dtype).eval()
 
 
