@@ -86,6 +86,8 @@ def translated(path: Path) -> Iterator[None]:
 def connect(path: Path, timeout: float) -> sqlite3.Connection:
     """A connection whose commits are on disk when they return. Transactions are explicit."""
     connection = sqlite3.connect(path, timeout=timeout, isolation_level=None)
+    connection.execute("PRAGMA page_size = 16384")  # of a new file: half the work per MB of 4096
+    connection.execute("PRAGMA wal_autocheckpoint = 1024")  # pages
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA secure_delete = ON")  # erased memories are overwritten; replaced ones reuse their pages
