@@ -66,12 +66,14 @@ def _show(client: Client, args: argparse.Namespace, output: Output) -> int:
 
 def _history(client: Client, args: argparse.Namespace, output: Output) -> int:
     versions = client.session(args.session).history()
-    output.items(versions, ["version", "parent", "tokens", "created", "digest"], empty="no versions")
+    output.items(versions, ["version", "kind", "parent", "tokens", "created", "digest"], empty="no versions")
     return 0
 
 
 def _snapshots(client: Client, args: argparse.Namespace, output: Output) -> int:
-    output.items(client.session(args.session).snapshots(), ["snapshot", "version", "created"], empty="no snapshots")
+    output.items(
+        client.session(args.session).snapshots(), ["snapshot", "version", "label", "created"], empty="no snapshots"
+    )
     return 0
 
 

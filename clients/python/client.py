@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from .drivers import Awaiting, Blocking, operation, streaming
 from .errors import ConfigError, ProtocolError
 from .flows import Call, EventDecoder, Flow, More, json_events, request
-from .types import ChatOptions, Level, Message, Model, Reply, SessionInfo, Snapshot, Version, as_messages
+from .types import ChatOptions, Level, Message, Model, Reply, SessionInfo, SessionRef, Snapshot, Version, as_messages
 
 __all__ = ["DEFAULT_BASE_URL", "AsyncClient", "AsyncSession", "Client", "Session"]
 
@@ -118,23 +118,29 @@ class _SessionAPI(_API):
 
     @operation
     def history(self) -> Flow[list[Version]]:
-        """The kept versions, oldest first."""
+        """The kept versions, newest first."""
         return _parse_list(Version, (yield from self._send(self._call("GET", "history"))))
 
     @operation
     def levels(self) -> Flow[list[Level]]:
-        """The memory levels: updates, tokens since the last one, norms."""
+        """Size and norm of every memory level."""
         return _parse_list(Level, (yield from self._send(self._call("GET", "levels"))))
 
     @operation
-    def snapshot(self) -> Flow[Snapshot]:
-        """Keep the present version."""
-        return _parse(Snapshot, (yield from self._send(self._call("POST", "snapshot", json={}))))
+    def snapshot(self, label: str = "", *, version: int | None = None) -> Flow[Snapshot]:
+        """Keep the present version, or the one given, until the snapshot is deleted."""
+        body = {"label": label} if version is None else {"label": label, "version": version}
+        return _parse(Snapshot, (yield from self._send(self._call("POST", "snapshot", json=body))))
 
     @operation
     def snapshots(self) -> Flow[list[Snapshot]]:
-        """The snapshots kept."""
+        """The snapshots kept, oldest first."""
         return _parse_list(Snapshot, (yield from self._send(self._call("GET", "snapshots"))))
+
+    @operation
+    def delete_snapshot(self, snapshot: str) -> Flow[None]:
+        """Give a snapshot up."""
+        yield from self._send(self._call("DELETE", "snapshots", quote(snapshot, safe="")))
 
     @operation
     def restore(self, snapshot: str | None = None, *, version: int | None = None) -> Flow[SessionInfo]:
@@ -151,12 +157,10 @@ class _SessionAPI(_API):
         return _parse(SessionInfo, (yield from self._send(self._call("POST", "fork", json=body))))
 
     @operation
-    def learn(self, text: str) -> Flow[SessionInfo]:
+    def learn(self, text: str) -> Flow[SessionRef]:
         """Read `text` into the memory without answering."""
-        key = {"Idempotency-Key": uuid.uuid4().hex}
-        return _parse(
-            SessionInfo, (yield from self._send(self._call("POST", "learn", json={"text": text}, headers=key)))
-        )
+        answer = yield from self._send(self._call("POST", "learn", json={"text": text}))
+        return _parse(SessionRef, answer.get("session") if isinstance(answer, dict) else answer)
 
     @operation
     def export(self) -> Flow[bytes]:
@@ -192,8 +196,15 @@ class _ClientAPI(_API):
 
     @operation
     def sessions(self) -> Flow[list[SessionInfo]]:
-        """The sessions of this API key."""
-        return _parse_list(SessionInfo, (yield from self._send(Call("GET", "/v1/sessions"))))
+        """The sessions of this API key, page after page."""
+        found: list[SessionInfo] = []
+        cursor: str | None = ""
+        while cursor is not None:
+            params = {"cursor": cursor} if cursor else {}
+            answer = yield from self._send(Call("GET", "/v1/sessions", params=params))
+            found += _parse_list(SessionInfo, answer)
+            cursor = answer.get("next") or None
+        return found
 
     @operation
     def models(self) -> Flow[list[Model]]:

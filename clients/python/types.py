@@ -74,9 +74,10 @@ class SessionInfo(_Answer):
 
 
 class Version(_Answer):
-    """One kept version of a session."""
+    """One kept version of a session; `kind` is what made it (a turn, a reset, ...)."""
 
     version: int
+    kind: str | None = None
     parent: int | None = None
     tokens: int = 0
     digest: str | None = None
@@ -88,13 +89,17 @@ class Snapshot(_Answer):
 
     snapshot: str
     version: int
+    label: str = ""
     created: datetime | None = None
 
 
 class Level(_Answer):
-    """One memory level of a session's model."""
+    """One memory level of a session: its size and how much it holds."""
 
-    name: str
+    level: str
+    tensors: int = 0
+    bytes: int = 0
+    norm: float = 0.0
 
 
 class Model(_Answer):
