@@ -90,7 +90,7 @@ class Engine:
         validate(sequence.params, self.model.vocab_size)
         if not sequence.prompt:
             raise RequestError("the prompt has no tokens; give at least one", param="prompt")
-        for token in sequence.prompt:
+        for token in (min(sequence.prompt), max(sequence.prompt)):
             if not 0 <= token < self.model.vocab_size:
                 raise RequestError(f"token id {token} is not in 0..{self.model.vocab_size - 1}", param="prompt")
         if sequence.num_done or sequence.output:

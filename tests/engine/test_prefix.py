@@ -1,0 +1,117 @@
+"""Prefix cache: saves reading, changes nothing, crosses no tenant, stays bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nested_runtime.core import SamplingParams, Sequence
+from nested_runtime.engine.engine import Engine
+from nested_runtime.engine.prefix import PrefixCache
+
+SYSTEM = [token % 37 for token in range(200)]
+
+
+def ask(name: str, prompt: list[int], tenant: str = "t", start: str = "fresh", **fields: Any) -> Sequence:
+    params = SamplingParams(max_tokens=4, temperature=0.0, prompt_logprobs=fields.pop("prompt_logprobs", None))
+    return Sequence(name, prompt, params, keep_state=True, cache_key=(tenant, start), **fields)
+
+
+def run(engine: Engine, sequence: Sequence) -> tuple[list[int], dict[str, torch.Tensor], int]:
+    """(reply, state, prompt tokens read)."""
+    before = engine.stats()["prompt_tokens"]
+    engine.submit(sequence)
+    result = None
+    while engine.has_work:
+        for event in engine.step():
+            assert event.error is None
+            result = event.result
+    assert result is not None
+    engine.pool.check_integrity(deep=True)
+    return sequence.output, dict(result.state), engine.stats()["prompt_tokens"] - before
+
+
+def cached_engine(model: Any, num_bytes: int = 1 << 24) -> Engine:
+    return Engine(model, prefix_cache_bytes=num_bytes)
+
+
+def test_shared_system_prompt_is_read_once(counter: Any) -> None:
+    engine = cached_engine(counter)
+    first, second = SYSTEM + [1, 2, 3] * 20, [*SYSTEM, 4, 5]
+    assert run(engine, ask("1", first, cache_points=(len(SYSTEM),)))[2] == len(first)
+    reply, state, num_read = run(engine, ask("2", second, cache_points=(len(SYSTEM),)))
+    assert num_read == len(second) - 192  # the last boundary of 16 within the system prompt
+    plain_reply, plain_state, _ = run(Engine(counter), ask("plain", second))
+    assert reply == plain_reply
+    assert all(torch.allclose(state[name], plain_state[name], rtol=0, atol=1e-12) for name in state)
+
+
+def test_same_prompt_again_reads_only_its_end_and_gives_the_same_bits(counter: Any) -> None:
+    engine = cached_engine(counter)
+    reply, state, _ = run(engine, ask("1", SYSTEM))
+    again, same_state, num_read = run(engine, ask("2", SYSTEM))
+    assert num_read == len(SYSTEM) - 192
+    assert again == reply
+    assert all(torch.equal(state[name], same_state[name]) for name in state)
+    stats = engine.stats()
+    assert (stats["prefix_queries"], stats["prefix_hits"], stats["prefix_hit_tokens"]) == (2, 1, 192)
+
+
+def test_other_tenants_starts_positions_and_tokens_share_nothing(counter: Any) -> None:
+    engine = cached_engine(counter)
+    run(engine, ask("1", SYSTEM))
+    other = [SYSTEM[0] + 1, *SYSTEM[1:]]
+    for sequence in (
+        ask("tenant", SYSTEM, tenant="u"),
+        ask("start", SYSTEM, start="session 1"),
+        ask("position", SYSTEM, position=16),
+        ask("tokens", other),
+    ):
+        assert run(engine, sequence)[2] == len(SYSTEM)
+
+
+def test_off_without_key_without_bytes_and_for_prompt_logprobs(counter: Any) -> None:
+    engine = cached_engine(counter)
+    run(engine, ask("1", SYSTEM))
+    plain = ask("2", SYSTEM)
+    plain.cache_key = None
+    assert run(engine, plain)[2] == len(SYSTEM)
+    assert run(engine, ask("3", SYSTEM, prompt_logprobs=0))[2] == len(SYSTEM)
+    off = Engine(counter)
+    run(off, ask("1", SYSTEM))
+    assert run(off, ask("2", SYSTEM))[2] == len(SYSTEM)
+    assert off.stats()["prefix_bytes"] == 0
+
+
+def test_bounded_and_forgotten_by_tenant_and_session(counter: Any) -> None:
+    one_state = sum(spec.num_bytes for spec in Engine(counter).specs)
+    engine = cached_engine(counter, 3 * one_state)
+    for index in range(5):
+        run(engine, ask(str(index), [index] * 100, tenant=f"t{index % 2}"))
+        assert engine.stats()["prefix_bytes"] <= 3 * one_state
+    engine.forget_prefixes(("t0", "fresh"))
+    assert engine.stats()["prefix_bytes"] == one_state
+    engine.forget_prefixes(("t1",))
+    assert engine.stats()["prefix_bytes"] == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    length=st.integers(1, 900),
+    position=st.integers(0, 100),
+    chunk=st.sampled_from([1, 4, 24, 32]),
+    wanted=st.lists(st.integers(-5, 1000), max_size=4),
+)
+def test_points_are_few_and_on_boundaries(length: int, position: int, chunk: int, wanted: list[int]) -> None:
+    cache = PrefixCache(chunk, 1)
+    sequence = ask("a", [1] * length, position=position, cache_points=tuple(wanted))
+    keys = cache.keys(sequence)
+    points = cache.points(sequence, keys)
+    assert len(set(keys.values())) == len(keys)
+    assert set(points) <= set(keys)
+    assert all(0 < point < length and (position + point) % chunk == 0 for point in points)
+    assert len(points) <= 1 + 3 + len(wanted)
+    assert not keys or max(keys) in points
