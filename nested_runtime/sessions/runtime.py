@@ -196,7 +196,8 @@ def _based(base: int, head: Version | None, versions: Sequence[Version]) -> Matc
     """Continue from version `base`, as the caller says."""
     if all(version.number != base for version in versions):
         raise HistoryConflict(
-            f"the session's version {base} is no longer kept; continue from the newest one, or send the whole conversation"
+            f"the session's version {base} is no longer kept; continue from the newest one, or send "
+            "the whole conversation"
         )
     return Match(base, 0, base, "extended" if head and head.number == base else "branched")
 

@@ -68,6 +68,7 @@ class Vault:
         self.residents = StateCache(self.config.resident_bytes)
         self._observe = observe
         self._waiting: Counter[SessionKey] = Counter()
+        self._used: set[SessionKey] = set()  # sessions that may have resident copies
 
     @asynccontextmanager
     async def hold(self, key: SessionKey) -> AsyncIterator[Lease]:
@@ -122,7 +123,7 @@ class Vault:
             snapshot = await asyncio.to_thread(codec.decode, blob, model.specs, version.fingerprint, binding)
             tensors = snapshot.tensors
             self._observe("load_seconds", perf_counter() - began)
-            self.residents.put(cached, tensors)
+            self._keep(key, version.digest, tensors)
         return Start(tensors, version.tokens, version.pending)
 
     async def commit(
@@ -153,7 +154,7 @@ class Vault:
         version = await self.store.commit(lease, parent, encoded.blob, draft, answer)
         self._observe("commit_seconds", perf_counter() - began)
         if encoded.start.tensors is not None:
-            self.residents.put((lease.key.tenant, lease.key.session, encoded.digest), encoded.start.tensors)
+            self._keep(lease.key, encoded.digest, encoded.start.tensors)
         return version
 
     async def encode(self, key: SessionKey, number: int, start: Start, model: ServedModel) -> Encoded:
@@ -172,9 +173,23 @@ class Vault:
         kept = Start(snapshot.tensors, start.position, start.pending)
         return Encoded(kept, codec.encode(snapshot), snapshot.header.digest)
 
+    def _keep(self, key: SessionKey, digest: str, tensors: Tensors) -> None:
+        self.residents.put((key.tenant, key.session, digest), tensors)
+        self._used.add(key)
+
     def forget(self, key: SessionKey) -> None:
         """Drop resident copies."""
         self.residents.forget((key.tenant, key.session))
+        self._used.discard(key)
+
+    async def forget_deleted(self) -> None:
+        """Drop resident copies of sessions that another server deleted."""
+        for key in list(self._used):
+            head = await self.store.head(key)
+            if head is None:
+                self.forget(key)
+            elif (key.tenant, key.session, head.digest) not in self.residents:
+                self._used.discard(key)
 
 
 def zeros(specs: tuple[TensorSpec, ...]) -> dict[str, torch.Tensor]:

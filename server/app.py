@@ -1,0 +1,98 @@
+"""The ASGI application: routes, middleware, and the life of store and engines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from nested_runtime.errors import StoreError
+
+from . import errors
+from .deps import Service
+from .middleware import Gate
+from .routes import admin, chat, completions, health, memory, models, responses
+
+__all__ = ["create_app", "running"]
+
+logger = logging.getLogger("nested.server")
+SWEEP_SECONDS = 60.0
+V1 = (chat.router, completions.router, responses.router, models.router, memory.router)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application over a service. Starting it opens the store and starts the engines."""
+    app = FastAPI(
+        title="Nested Runtime",
+        version="1",
+        description="OpenAI's API with a memory per session: send X-Session-ID.",
+        root_path=service.settings.root_path,
+        lifespan=_lifespan,
+        responses={code: {"model": errors.ErrorBody} for code in (400, 401, 404, 409, 422, 429, 500, 503)},
+    )
+    app.state.service = service
+    for router in V1:
+        app.include_router(router, prefix="/v1")
+        app.include_router(router, include_in_schema=False)
+    for router in (models.root_router, health.router, admin.router):
+        app.include_router(router)
+    errors.install(app)
+    app.add_middleware(
+        Gate,
+        keys=service.keys,
+        admin_keys=service.admin_keys,
+        max_body_bytes=service.settings.max_body_bytes,
+        log_ids=service.settings.log_ids,
+        observe=lambda route, status: service.metrics.requests.labels(route, str(status)).inc(),
+    )
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Session-Version", "Warning"],
+        )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async with running(app.state.service):
+        yield
+
+
+@asynccontextmanager
+async def running(service: Service) -> AsyncIterator[None]:
+    """The store open and the engines started; at the end turns are drained and everything is closed."""
+    await service.store.open()
+    try:
+        for model in service.runtime.models.values():
+            await model.backend.start()
+        sweeping = asyncio.create_task(_sweep(service))
+        service.ready = True
+        try:
+            yield
+        finally:
+            service.ready = False
+            sweeping.cancel()
+            await asyncio.wait({sweeping})
+    finally:
+        deadline = service.settings.drain_seconds
+        await asyncio.gather(*(model.backend.drain(deadline) for model in service.runtime.models.values()))
+        await service.store.close()
+
+
+async def _sweep(service: Service) -> None:
+    """Now and then: expired sessions leave the store, and sessions deleted elsewhere leave memory."""
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        try:
+            await service.store.sweep()
+            await service.vault.forget_deleted()
+        except StoreError as error:
+            logger.warning("sweep skipped: %s", error)

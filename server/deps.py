@@ -1,0 +1,125 @@
+"""What a request handler needs: the service, and who is calling."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Header, Request
+
+from nested_runtime.errors import NotFound, RequestError
+from nested_runtime.sessions import Runtime, ServedModel, SessionManager, Vault
+from nested_runtime.store.base import SessionKey, StateStore
+
+from .answers import AnswerCache
+from .auth import Keys
+from .metrics import Metrics
+from .settings import Settings
+
+__all__ = [
+    "Caller",
+    "CallerDep",
+    "Expected",
+    "Named",
+    "Service",
+    "ServiceDep",
+    "caller_of",
+    "expected_version",
+    "session_key",
+]
+
+
+@dataclass
+class Service:
+    """Everything a running server holds. Made once per app, never global."""
+
+    settings: Settings
+    store: StateStore
+    vault: Vault
+    runtime: Runtime
+    manager: SessionManager
+    metrics: Metrics
+    answers: AnswerCache
+    keys: Keys
+    admin_keys: Keys
+    started: int = 0  # seconds since the epoch
+    ready: bool = False
+
+    @property
+    def shown_store(self) -> str:
+        """The store's URL without a password."""
+        return re.sub(r"//[^@/]*@", "//***@", self.settings.store_url)
+
+    def model(self, name: str) -> ServedModel:
+        """The served model; 404 with OpenAI's code otherwise."""
+        try:
+            return self.runtime.model(name)
+        except NotFound as error:
+            error.code = "model_not_found"
+            raise
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks."""
+
+    tenant: str
+    request_id: str
+
+
+def service_of(request: Request) -> Service:
+    """The app's service."""
+    service: Service = request.app.state.service
+    return service
+
+
+def caller_of(request: Request) -> Caller:
+    """Tenant and request id, as the middleware found them."""
+    return Caller(request.scope["state"]["tenant"], request.scope["state"]["request_id"])
+
+
+ServiceDep = Annotated[Service, Depends(service_of)]
+CallerDep = Annotated[Caller, Depends(caller_of)]
+
+
+def session_key(request: Request, in_body: str | None) -> SessionKey | None:
+    """The session a request names: header X-Session-ID or body session_id. None = memoryless."""
+    in_header = request.headers.get("x-session-id")
+    if in_header is not None:
+        in_header = _utf8(in_header)
+    if in_header is not None and in_body is not None and in_header != in_body:
+        raise RequestError(
+            f"X-Session-ID is {in_header[:80]!r} but session_id is {in_body[:80]!r}; send one of them",
+            param="session_id",
+        )
+    name = in_header if in_header is not None else in_body
+    return None if name is None else SessionKey(caller_of(request).tenant, name)
+
+
+def named_session(request: Request, id: str) -> SessionKey:
+    """The session of a path."""
+    request.scope["state"]["session"] = id
+    return SessionKey(caller_of(request).tenant, id)
+
+
+def expected_version(if_match: Annotated[str | None, Header()] = None) -> int | None:
+    """If-Match: the version the caller believes is the newest. Absent or * = any."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    text = if_match.strip().removeprefix("W/").strip('"')
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise RequestError(f"If-Match is {if_match[:80]!r}; send a version number, such as 3", param="If-Match")
+    return int(text)
+
+
+Named = Annotated[SessionKey, Depends(named_session)]
+Expected = Annotated[int | None, Depends(expected_version)]
+
+
+def _utf8(value: str) -> str:
+    """A header value that was sent as UTF-8; others stay as they are."""
+    try:
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return value

@@ -1,0 +1,148 @@
+"""Around every request: id, key, body limit, log line. Plain ASGI, so streams pass through untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .auth import DEFAULT_TENANT, Keys, bearer
+from .errors import error_response
+
+__all__ = ["Gate"]
+
+logger = logging.getLogger("nested.access")
+OPEN = frozenset({"/health", "/ready"})
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Gate:
+    """Gives every request an id, lets it in or not, bounds its body, and logs one line about it.
+
+    observe   told route path, status
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        admin_keys: Keys,
+        max_body_bytes: int,
+        log_ids: bool,
+        observe: Callable[[str, int], None],
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._admin_keys = admin_keys
+        self._max_body_bytes = max_body_bytes
+        self._log_ids = log_ids
+        self._observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id", b"").decode("latin-1"))
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, tenant=DEFAULT_TENANT)
+        began, status = time.perf_counter(), 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope, headers)
+            if refusal is None:
+                await self._app(scope, self._bounded(receive), send_with_id)
+            else:
+                await error_response(refusal)(scope, receive, send_with_id)
+        finally:
+            self._log(scope, status, time.perf_counter() - began)
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> HTTPException | None:
+        path = _path(scope)
+        if int(_digits(headers.get(b"content-length", b"0"))) > self._max_body_bytes:
+            return self._too_large()
+        if path in OPEN:
+            return None
+        key = bearer(headers)
+        if path == "/admin" or path.startswith("/admin/"):
+            if not self._admin_keys:
+                return HTTPException(404, "the admin API is off; start the server with --admin-key-file")
+            return None if self._admin_keys.tenant(key) else _unauthorized("the admin key")
+        if not self._keys:
+            return None
+        tenant = self._keys.tenant(key)
+        if tenant is None:
+            return _unauthorized("an API key")
+        scope["state"]["tenant"] = tenant
+        return None
+
+    def _bounded(self, receive: Receive) -> Receive:
+        left = self._max_body_bytes
+
+        async def bounded() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the request body is over the limit of {self._max_body_bytes} bytes; send less")
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        state = scope["state"]
+        route = getattr(scope.get("route"), "path", "(none)")
+        self._observe(route, status)
+        logger.info(
+            "%s %s %d %.0fms request=%s tenant=%s session=%s",
+            scope["method"],
+            route,
+            status,
+            seconds * 1000,
+            state["request_id"],
+            self._shown(state["tenant"]),
+            self._shown(state.get("session", "")),
+        )
+
+    def _shown(self, name: str) -> str:
+        if self._log_ids or not name:
+            return repr(name)
+        return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _digits(value: bytes) -> bytes:
+    return value if value.isdigit() and len(value) < 19 else b"0"
+
+
+def _request_id(sent: str) -> str:
+    return sent if REQUEST_ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}"
+
+
+def _unauthorized(what: str) -> HTTPException:
+    return HTTPException(
+        401, f"{what} is missing or wrong; send `Authorization: Bearer <key>`", {"WWW-Authenticate": "Bearer"}
+    )

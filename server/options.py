@@ -1,0 +1,83 @@
+"""The command line of nested-serve as Settings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nested_runtime.config import EngineConfig, SessionConfig, from_environment
+from nested_runtime.errors import ConfigError
+
+from .settings import Settings
+
+__all__ = ["parse"]
+
+DEFAULT_MODEL = "hope-nano"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ConfigError instead of printing usage: one clear line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (nested-serve --help lists the options)")
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """Settings from arguments; NESTED_<FIELD> variables give defaults of engine and session settings."""
+    given = vars(_parser().parse_args(argv))
+    engine = {"slots": given.pop("slots"), "max_batch_tokens": given.pop("max_batch_tokens")}
+    engine |= {"threads": given.pop("threads"), "max_context": given.pop("max_context")}
+    sessions = {"at_rest": given.pop("at_rest")}
+    models = tuple(given.pop("model") or (DEFAULT_MODEL,))
+    origins = tuple(given.pop("cors_origin") or ())
+    return Settings(
+        models=models,
+        cors_origins=origins,
+        engine=EngineConfig(**_numbers(EngineConfig, engine)),
+        sessions=SessionConfig(**_numbers(SessionConfig, sessions)),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _numbers(config: type[EngineConfig] | type[SessionConfig], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config: arguments first, then the environment, then the defaults (left out)."""
+    defaults = config()
+    values: dict[str, Any] = {}
+    for name, text in from_environment(config).items():
+        kind = type(getattr(defaults, name))
+        try:
+            values[name] = kind(text)
+        except ValueError:
+            raise ConfigError(f"environment variable NESTED_{name.upper()} is {text!r}, not a number") from None
+    return values | {name: value for name, value in given.items() if value is not None}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="nested-serve", description="Serve models with a memory per session over OpenAI's API.")
+    add = parser.add_argument
+    add("--model", action="append", metavar="PATH|NAME", help=f"checkpoint; repeatable (default {DEFAULT_MODEL})")
+    add("--store", metavar="URL", help="memory: | sqlite:///path | redis://host:port/0 (default: SQLite in --data-dir)")
+    add("--data-dir", type=Path, metavar="DIR", help="where the default store lies (default ~/.nested)")
+    add("--host", help="address to listen on (default 127.0.0.1)")
+    add("--port", type=int, help="port, 0 = any free one (default 8000)")
+    add("--uds", metavar="PATH", help="listen on a Unix socket instead")
+    add("--api-key-file", type=Path, metavar="FILE", help="lines of `tenant key`; without it only loopback is allowed")
+    add("--admin-key-file", type=Path, metavar="FILE", help="keys of the admin API, which is off without them")
+    add("--insecure", action="store_true", help="allow other addresses without API keys")
+    add("--slots", type=int, help="sequences worked on at the same time (default 16)")
+    add("--max-batch-tokens", type=int, help="tokens of an engine step (default 512)")
+    add("--max-context", type=int, help="tokens one turn may read and write (default 32768)")
+    add("--threads", type=int, help="torch threads (default: torch's choice)")
+    add("--at-rest", choices=("exact", "bf16"), help="how states are stored (default exact)")
+    add("--session-ttl", type=float, metavar="SECONDS", help="idle sessions are deleted after this (default never)")
+    add("--drain-seconds", type=float, help="how long SIGTERM waits for running turns (default 20)")
+    add("--log-ids", action="store_true", help="log tenant and session ids in plain text instead of hashes")
+    add("--root-path", metavar="PATH", help="path prefix a proxy strips")
+    add("--cors-origin", action="append", metavar="ORIGIN", help="allowed browser origin; repeatable")
+    add("--ssl-keyfile", metavar="FILE")
+    add("--ssl-certfile", metavar="FILE")
+    add("--ssl-keyfile-password", metavar="TEXT")
+    add("--ssl-ca-certs", metavar="FILE")
+    return parser

@@ -1,0 +1,110 @@
+"""Sessions: request bodies and how sessions, versions and snapshots are written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from nested_runtime.store.base import SessionInfo, Snapshot, Version
+
+from .chat import Message
+from .common import Closed
+
+__all__ = [
+    "ForkRequest",
+    "LearnRequest",
+    "ResetRequest",
+    "RestoreRequest",
+    "SnapshotRequest",
+    "info_body",
+    "snapshot_body",
+    "version_body",
+]
+
+
+class ResetRequest(Closed):
+    """POST .../reset. No levels = everything."""
+
+    levels: list[str] | str | None = Field(None, description="'all', or names such as fast, cms.1")
+
+    @property
+    def names(self) -> list[str] | None:
+        """Level names; None = all."""
+        if self.levels is None or self.levels in ("all", ["all"]):
+            return None
+        return [self.levels] if isinstance(self.levels, str) else self.levels
+
+
+class SnapshotRequest(Closed):
+    """POST .../snapshot."""
+
+    version: int | None = Field(None, ge=1)
+    label: str = Field("", max_length=256)
+
+
+class RestoreRequest(Closed):
+    """POST .../restore: one of the two."""
+
+    snapshot: str | None = None
+    version: int | None = Field(None, ge=1)
+
+
+class ForkRequest(Closed):
+    """POST .../fork."""
+
+    id: str = Field(description="id of the new session")
+    version: int | None = Field(None, ge=1)
+
+
+class LearnRequest(Closed):
+    """POST .../learn: text or messages to absorb without answering."""
+
+    model: str | None = None
+    text: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
+
+
+def version_body(version: Version) -> dict[str, Any]:
+    """A version as JSON."""
+    return {
+        "version": version.number,
+        "parent": version.parent,
+        "source": version.source,
+        "kind": version.kind,
+        "model": version.model,
+        "tokens": version.tokens,
+        "learned_tokens": version.learned_tokens,
+        "digest": version.digest,
+        "bytes": version.size,
+        "created": version.created,
+    }
+
+
+def info_body(info: SessionInfo) -> dict[str, Any]:
+    """A session as JSON."""
+    return {
+        "id": info.key.session,
+        "object": "session",
+        "version": info.head.number,
+        "model": info.head.model,
+        "tokens": info.head.tokens,
+        "learned_tokens": info.head.learned_tokens,
+        "bytes": info.bytes,
+        "digest": info.head.digest,
+        "versions": info.versions,
+        "snapshots": info.snapshots,
+        "created": info.created,
+        "updated": info.updated,
+        "used": info.used,
+    }
+
+
+def snapshot_body(snapshot: Snapshot) -> dict[str, Any]:
+    """A snapshot as JSON."""
+    return {
+        "snapshot": snapshot.id,
+        "version": snapshot.version,
+        "label": snapshot.label,
+        "created": snapshot.created,
+    }

@@ -1,0 +1,77 @@
+"""Settings of the server as one frozen dataclass, and the checks that need no I/O."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nested_runtime.config import EngineConfig, SessionConfig
+from nested_runtime.errors import ConfigError
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `nested-serve` was told.
+
+    models          folders or names of checkpoints, the first is the default in examples
+    store           store URL; None = SQLite in `data_dir`
+    max_body_bytes  larger request bodies are 413
+    drain_seconds   how long SIGTERM waits for running turns
+    keep_alive      seconds between SSE comments while nothing else is sent
+    """
+
+    models: tuple[str, ...]
+    store: str | None = None
+    data_dir: Path = Path("~/.nested")
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    admin_key_file: Path | None = None
+    insecure: bool = False
+    log_ids: bool = False
+    uds: str | None = None
+    root_path: str = ""
+    cors_origins: tuple[str, ...] = ()
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
+    ssl_ca_certs: str | None = None
+    max_body_bytes: int = 8 << 20
+    drain_seconds: float = 20.0
+    keep_alive: float = 10.0
+    session_ttl: float | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sessions: SessionConfig = field(default_factory=SessionConfig)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("no model to serve; give --model with a checkpoint folder or name")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; give 0 to 65535")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("TLS needs both --ssl-keyfile and --ssl-certfile")
+        if self.api_key_file is None and not self.insecure and not self.is_local:
+            raise ConfigError(
+                f"host {self.host!r} can be reached from other machines and no API keys are set; give --api-key-file, "
+                "bind to 127.0.0.1, or say --insecure"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.uds is not None or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def store_url(self) -> str:
+        """The store's URL, the default one included."""
+        if self.store is not None:
+            return self.store
+        return f"sqlite:///{self.data_dir.expanduser().resolve() / 'sessions.db'}"
