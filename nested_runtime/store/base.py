@@ -24,10 +24,11 @@ from nested_runtime.errors import (
     NotFound,
     RequestError,
     SessionBusy,
-    StateError,
+    StoreError,
     StoreUnavailable,
 )
 from nested_runtime.store import blob as envelope
+from nested_runtime.store import rules
 from nested_runtime.store.records import (
     Draft,
     Lease,
@@ -39,6 +40,7 @@ from nested_runtime.store.records import (
     StoredAnswer,
     Usage,
     Version,
+    check_text,
 )
 from nested_runtime.store.turnstile import Turnstile, shielded
 
@@ -56,7 +58,8 @@ __all__ = [
     "Version",
 ]
 
-MAX_EXTRA = 64 << 10
+MAX_RECORD = 64 << 10
+MAX_PAGE = 1_000
 
 
 class StateStore(ABC):
@@ -122,11 +125,13 @@ class StateStore(ABC):
 
     async def fsck(self) -> list[str]:
         """Check everything stored, checksums included; one line per problem, empty = healthy."""
+        from nested_runtime.store.fsck import check_session
+
         problems, cursor = await self._fsck(), None
         while True:
             page = await self.sessions(cursor=cursor)
             for info in page.sessions:
-                problems += await self._check_session(info.key)
+                problems += await check_session(self, info.key)
             if page.cursor is None:
                 return problems
             cursor = page.cursor
@@ -134,27 +139,6 @@ class StateStore(ABC):
     async def _fsck(self) -> list[str]:
         """Checks of this kind of store, beside those of each session."""
         return []
-
-    async def _check_session(self, key: SessionKey) -> list[str]:
-        problems = []
-        name = f"{key.tenant!r}/{key.session!r}"
-        versions = await self.versions(key)
-        kept = {version.number for version in versions}
-        for version in versions:
-            try:
-                found = await self._load(key, version.number, None)
-                if found is None:
-                    if version.number in {later.number for later in await self.versions(key)}:
-                        problems.append(f"{name} version {version.number}: state is missing")
-                elif found[0] != version or len(found[1]) != version.size:
-                    problems.append(f"{name} version {version.number}: size or record differ")
-                else:
-                    context = _context(key, version.number)
-                    await asyncio.to_thread(envelope.unpack, found[1], context, max_bytes=self.limits.state_bytes)
-            except StateError as error:
-                problems.append(f"{name} version {version.number}: {error}")
-        missing = [snapshot for snapshot in await self.snapshots(key) if snapshot.version not in kept]
-        return problems + [f"{name} snapshot {s.id}: version {s.version} is missing" for s in missing]
 
     # ---- leases -----------------------------------------------------------------------------------------------------
 
@@ -210,8 +194,8 @@ class StateStore(ABC):
                 await self.renew(lease)
             except LeaseLost:
                 return  # commit will say so
-            except StoreUnavailable:
-                continue
+            except StoreError:
+                continue  # it may be back in time
 
     @abstractmethod
     async def _try_lease(self, key: SessionKey, ttl: float) -> Lease | None:
@@ -242,14 +226,18 @@ class StateStore(ABC):
 
         NotFound if there is none or it is no longer kept; StateError if the bytes are damaged.
         """
-        found = await self._load(key, number, snapshot)
+        if snapshot is not None:
+            check_text(snapshot, "snapshot")
+        found = None if _impossible(number) else await self._load(key, number, snapshot)
         if found is None:
             wanted = f"snapshot {snapshot!r}" if snapshot is not None else f"version {number or 'head'}"
             raise NotFound(f"session {key.session!r} has no {wanted} (deleted, or no longer kept); list what it has")
         version, packed = found
-        context = _context(key, version.number)
-        raw = await asyncio.to_thread(envelope.unpack, packed, context, max_bytes=self.limits.state_bytes)
-        return version, raw
+        return version, await self._unpack(key, version.number, packed)
+
+    async def _unpack(self, key: SessionKey, number: int, packed: bytes) -> bytes:
+        context = _context(key, number)
+        return await asyncio.to_thread(envelope.unpack, packed, context, max_bytes=self.limits.state_bytes)
 
     @abstractmethod
     async def _load(self, key: SessionKey, number: int | None, snapshot: str | None) -> tuple[Version, bytes] | None:
@@ -266,13 +254,19 @@ class StateStore(ABC):
         """
         if len(state) > self.limits.state_bytes:
             raise RequestError(f"state has {len(state)} bytes, over the limit state_bytes={self.limits.state_bytes}")
-        if len(json.dumps(dict(draft.extra), allow_nan=False)) > MAX_EXTRA:
-            raise RequestError(f"draft.extra is over {MAX_EXTRA} bytes as JSON; keep it small", param="extra")
         number = parent + 1
         packed = await asyncio.to_thread(envelope.pack, state, _context(lease.key, number))
-        version = Version(
-            **{**asdict(draft), "number": number, "parent": parent or None, "size": len(packed)}, created=self._clock()
-        )
+        fields = {**asdict(draft), "number": number, "parent": parent or None, "size": len(packed)}
+        version = Version(**fields, created=self._clock())
+        try:
+            record = version.to_json()
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"draft cannot be written as JSON: {error}; give finite numbers and strings") from error
+        if len(record) > MAX_RECORD:
+            raise RequestError(
+                f"draft has {len(record)} bytes as JSON, over {MAX_RECORD}; keep extra small", param="extra"
+            )
+        version = Version.from_json(record)  # as every later reader sees it
         await shielded(self._commit(lease, version, packed, answer))
         return version
 
@@ -280,23 +274,38 @@ class StateStore(ABC):
     async def _commit(self, lease: Lease, version: Version, packed: bytes, answer: StoredAnswer | None) -> None:
         """The atomic step of `commit`."""
 
-    @abstractmethod
     async def answer(self, key: SessionKey, answer_key: str) -> StoredAnswer | None:
         """The idempotency record of the request with this key, if it was committed within `answer_ttl`."""
+        check_text(answer_key, "Idempotency-Key")
+        return await self._answer(key, answer_key)
+
+    @abstractmethod
+    async def _answer(self, key: SessionKey, answer_key: str) -> StoredAnswer | None: ...
 
     # ---- snapshots --------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     async def snapshot(self, key: SessionKey, number: int | None = None, label: str = "") -> Snapshot:
         """Keep a version (the head when None) beyond `retain`. NotFound; RequestError at snapshots_per_session."""
+        if label:
+            check_text(label, "label")
+        if _impossible(number):
+            raise rules.no_version(key, number)
+        return await self._snapshot(key, number, label)
+
+    @abstractmethod
+    async def _snapshot(self, key: SessionKey, number: int | None, label: str) -> Snapshot: ...
 
     @abstractmethod
     async def snapshots(self, key: SessionKey) -> list[Snapshot]:
         """Oldest first; empty when the session does not exist."""
 
-    @abstractmethod
     async def delete_snapshot(self, key: SessionKey, snapshot: str) -> bool:
         """Forget a snapshot, and its version if nothing else keeps it. False if there was none."""
+        check_text(snapshot, "snapshot")
+        return await self._delete_snapshot(key, snapshot)
+
+    @abstractmethod
+    async def _delete_snapshot(self, key: SessionKey, snapshot: str) -> bool: ...
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
 
@@ -304,9 +313,17 @@ class StateStore(ABC):
     async def info(self, key: SessionKey) -> SessionInfo | None:
         """The session from outside, or None when it does not exist."""
 
-    @abstractmethod
     async def sessions(self, tenant: str | None = None, *, cursor: str | None = None, limit: int = 100) -> Page:
         """A page of the tenant's (None: everybody's) sessions in key order, continued at a page's `cursor`."""
+        if tenant is not None:
+            check_text(tenant, "tenant")
+        if not 1 <= limit <= MAX_PAGE:
+            raise RequestError(f"limit is {limit}; give 1 to {MAX_PAGE}", param="limit")
+        found = await self._sessions(tenant, rules.key_of(cursor) if cursor is not None else None, limit + 1)
+        return Page(found[:limit], rules.cursor_of(found[limit - 1].key) if len(found) > limit else None)
+
+    @abstractmethod
+    async def _sessions(self, tenant: str | None, after: SessionKey | None, limit: int) -> tuple[SessionInfo, ...]: ...
 
     @abstractmethod
     async def usage(self, tenant: str | None = None) -> Usage:
@@ -316,13 +333,21 @@ class StateStore(ABC):
     async def delete(self, key: SessionKey) -> bool:
         """Erase versions, snapshots, answers and lease (its holder is fenced). False if the session did not exist."""
 
-    @abstractmethod
     async def erase(self, tenant: str) -> int:
         """`delete` every session of a tenant, running ones included; how many existed."""
+        check_text(tenant, "tenant")
+        return await self._erase(tenant)
+
+    @abstractmethod
+    async def _erase(self, tenant: str) -> int: ...
 
     @abstractmethod
     async def sweep(self) -> int:
         """Erase expired sessions and answers; how many sessions. Call it now and then."""
+
+
+def _impossible(number: int | None) -> bool:
+    return number is not None and not 1 <= number < 1 << 53
 
 
 def _context(key: SessionKey, number: int) -> bytes:

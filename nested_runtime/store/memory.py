@@ -15,7 +15,6 @@ from nested_runtime.store import rules
 from nested_runtime.store.base import StateStore
 from nested_runtime.store.records import (
     Lease,
-    Page,
     SessionInfo,
     SessionKey,
     Snapshot,
@@ -53,7 +52,7 @@ class MemoryStore(StateStore):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._sessions: dict[SessionKey, _Session] = {}
+        self._kept: dict[SessionKey, _Session] = {}
         self._leases: dict[SessionKey, Lease] = {}
         self._fences = itertools.count(1)
 
@@ -79,7 +78,7 @@ class MemoryStore(StateStore):
         """Always there."""
 
     def _get(self, key: SessionKey) -> _Session | None:
-        session = self._sessions.get(key)
+        session = self._kept.get(key)
         expired = session is not None and self.ttl is not None and session.used + self.ttl <= self._clock()
         return None if expired else session
 
@@ -88,7 +87,7 @@ class MemoryStore(StateStore):
         return held is not None and held.fence == lease.fence and held.expires > self._clock()
 
     def _check_room(self, key: SessionKey) -> None:
-        held = sum(1 for other in self._sessions if other.tenant == key.tenant and self._get(other))
+        held = sum(1 for other in self._kept if other.tenant == key.tenant and self._get(other))
         if held >= self.limits.sessions_per_tenant:
             raise rules.too_many_sessions(key, self.limits)
 
@@ -98,7 +97,7 @@ class MemoryStore(StateStore):
             return None
         session = self._get(key)
         if session is None:
-            self._sessions.pop(key, None)
+            self._kept.pop(key, None)
             self._check_room(key)
         else:
             session.used = now
@@ -111,8 +110,8 @@ class MemoryStore(StateStore):
             raise rules.lease_lost(lease)
         now = self._clock()
         renewed = self._leases[lease.key] = replace(lease, expires=now + lease.ttl)
-        if lease.key in self._sessions:
-            self._sessions[lease.key].used = now
+        if lease.key in self._kept:
+            self._kept[lease.key].used = now
         return renewed
 
     async def release(self, lease: Lease) -> None:
@@ -164,7 +163,7 @@ class MemoryStore(StateStore):
         session.used = now
         if answer is not None:
             self._remember(session, replace(answer, version=version.number), now)
-        self._sessions[key] = session
+        self._kept[key] = session
 
     def _remember(self, session: _Session, answer: StoredAnswer, now: float) -> None:
         session.answers = {name: kept for name, kept in session.answers.items() if kept[1] > now}
@@ -172,17 +171,14 @@ class MemoryStore(StateStore):
             del session.answers[next(iter(session.answers))]
         session.answers[answer.key] = (answer, now + self.answer_ttl)
 
-    async def answer(self, key: SessionKey, answer_key: str) -> StoredAnswer | None:
-        """See StateStore."""
+    async def _answer(self, key: SessionKey, answer_key: str) -> StoredAnswer | None:
         session = self._get(key)
         if session is None or answer_key not in session.answers:
             return None
         answer, expires = session.answers[answer_key]
         return answer if expires > self._clock() else None
 
-    async def snapshot(self, key: SessionKey, number: int | None = None, label: str = "") -> Snapshot:
-        """See StateStore."""
-        rules.check_label(label)
+    async def _snapshot(self, key: SessionKey, number: int | None, label: str) -> Snapshot:
         session = self._get(key)
         if session is None or (number is not None and number not in session.versions):
             raise rules.no_version(key, number)
@@ -197,8 +193,7 @@ class MemoryStore(StateStore):
         session = self._get(key)
         return sorted(session.snapshots.values(), key=lambda made: (made.created, made.id)) if session else []
 
-    async def delete_snapshot(self, key: SessionKey, snapshot: str) -> bool:
-        """See StateStore."""
+    async def _delete_snapshot(self, key: SessionKey, snapshot: str) -> bool:
         session = self._get(key)
         if session is None or session.snapshots.pop(snapshot, None) is None:
             return False
@@ -212,7 +207,7 @@ class MemoryStore(StateStore):
         return SessionInfo(key, head, session.created, head.created, session.used, **counts)
 
     def _alive(self, tenant: str | None) -> Iterator[tuple[SessionKey, _Session]]:
-        for key in sorted(self._sessions):
+        for key in sorted(self._kept):
             session = self._get(key)
             if session is not None and tenant in (None, key.tenant):
                 yield key, session
@@ -222,13 +217,9 @@ class MemoryStore(StateStore):
         session = self._get(key)
         return self._info(key, session) if session else None
 
-    async def sessions(self, tenant: str | None = None, *, cursor: str | None = None, limit: int = 100) -> Page:
-        """See StateStore."""
-        rules.check_limit(limit)
-        after = rules.key_of(cursor) if cursor is not None else None
+    async def _sessions(self, tenant: str | None, after: SessionKey | None, limit: int) -> tuple[SessionInfo, ...]:
         alive = (self._info(key, session) for key, session in self._alive(tenant) if after is None or key > after)
-        found = tuple(itertools.islice(alive, limit + 1))
-        return rules.page(found, limit)
+        return tuple(itertools.islice(alive, limit))
 
     async def usage(self, tenant: str | None = None) -> Usage:
         """See StateStore."""
@@ -237,14 +228,13 @@ class MemoryStore(StateStore):
     async def delete(self, key: SessionKey) -> bool:
         """See StateStore."""
         existed = self._get(key) is not None
-        self._sessions.pop(key, None)
+        self._kept.pop(key, None)
         self._leases.pop(key, None)
         self._turnstile.wake(key)
         return existed
 
-    async def erase(self, tenant: str) -> int:
-        """See StateStore."""
-        keys = {key for key in (*self._sessions, *self._leases) if key.tenant == tenant}
+    async def _erase(self, tenant: str) -> int:
+        keys = {key for key in (*self._kept, *self._leases) if key.tenant == tenant}
         return sum([await self.delete(key) for key in keys])
 
     async def sweep(self) -> int:
@@ -252,9 +242,9 @@ class MemoryStore(StateStore):
         now = self._clock()
         for key in [key for key, lease in self._leases.items() if lease.expires <= now]:
             del self._leases[key]
-        expired = [key for key in self._sessions if self._get(key) is None]
+        expired = [key for key in self._kept if self._get(key) is None]
         for key in expired:
             await self.delete(key)
-        for session in self._sessions.values():
+        for session in self._kept.values():
             session.answers = {name: kept for name, kept in session.answers.items() if kept[1] > now}
         return len(expired)

@@ -99,7 +99,7 @@ class Version(Draft):
 
     def to_json(self) -> str:
         """One compact JSON object."""
-        return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Version:

@@ -20,7 +20,6 @@ from nested_runtime.store import rules
 from nested_runtime.store.base import StateStore
 from nested_runtime.store.records import (
     Lease,
-    Page,
     SessionInfo,
     SessionKey,
     Snapshot,
@@ -196,8 +195,7 @@ class RedisStore(StateStore):
         if why != "ok":
             raise StoreUnavailable(f"{self._link.name} lost the staged state of session {key.session!r}; retry")
 
-    async def answer(self, key: SessionKey, answer_key: str) -> StoredAnswer | None:
-        """See StateStore."""
+    async def _answer(self, key: SessionKey, answer_key: str) -> StoredAnswer | None:
         found = await self._eval(scripts.READ, key, "answer", answer_key)
         if not found:
             return None
@@ -206,9 +204,7 @@ class RedisStore(StateStore):
 
     # ---- snapshots --------------------------------------------------------------------------------------------------
 
-    async def snapshot(self, key: SessionKey, number: int | None = None, label: str = "") -> Snapshot:
-        """See StateStore."""
-        rules.check_label(label)
+    async def _snapshot(self, key: SessionKey, number: int | None, label: str) -> Snapshot:
         head = await self.head(key) if number is None else None
         made = rules.new_snapshot(number or (head.number if head else 0), label, self._clock())
         args = (made.version, made.id, json.dumps(asdict(made)), self.limits.snapshots_per_session)
@@ -224,8 +220,7 @@ class RedisStore(StateStore):
         found = [Snapshot(**json.loads(record)) for record in await self._eval(scripts.READ, key, "snapshots")]
         return sorted(found, key=lambda made: (made.created, made.id))
 
-    async def delete_snapshot(self, key: SessionKey, snapshot: str) -> bool:
-        """See StateStore."""
+    async def _delete_snapshot(self, key: SessionKey, snapshot: str) -> bool:
         return bool(await self._eval(scripts.UNSNAPSHOT, key, snapshot, self.limits.retain))
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
@@ -245,15 +240,13 @@ class RedisStore(StateStore):
                 if info is not None:
                     yield info
 
-    async def sessions(self, tenant: str | None = None, *, cursor: str | None = None, limit: int = 100) -> Page:
-        """See StateStore."""
-        rules.check_limit(limit)
+    async def _sessions(self, tenant: str | None, after: SessionKey | None, limit: int) -> tuple[SessionInfo, ...]:
         found: list[SessionInfo] = []
-        async for info in self._infos(tenant, rules.key_of(cursor) if cursor is not None else None):
+        async for info in self._infos(tenant, after):
             found.append(info)
-            if len(found) > limit:
+            if len(found) == limit:
                 break
-        return rules.page(tuple(found), limit)
+        return tuple(found)
 
     async def usage(self, tenant: str | None = None) -> Usage:
         """See StateStore."""
@@ -268,8 +261,7 @@ class RedisStore(StateStore):
             await self._drop(key, stamp, 0)
         return existed
 
-    async def erase(self, tenant: str) -> int:
-        """See StateStore."""
+    async def _erase(self, tenant: str) -> int:
         return sum([sum(await asyncio.gather(*map(self.delete, batch))) async for batch in self._indexed(tenant)])
 
     async def sweep(self) -> int:

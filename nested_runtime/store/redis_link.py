@@ -84,6 +84,7 @@ class RedisLink:
         self._url = parts._replace(query=urlencode(options)).geturl()
         self._timeout = timeout
         self._client: Any = None  # redis-py's results are unions of the sync and the async kind
+        self._warned: set[str] = set()
         self.durability = "memory"
         self._wait: tuple[str | int, ...] = ()
 
@@ -100,7 +101,7 @@ class RedisLink:
             if self._cluster:
                 self._client = aioredis.RedisCluster.from_url(self._url, **options)
             else:
-                pool = aioredis.BlockingConnectionPool.from_url(self._url, max_connections=32, **options)
+                pool = aioredis.BlockingConnectionPool.from_url(self._url, max_connections=32, timeout=10, **options)
                 self._client = aioredis.Redis.from_pool(pool)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"store URL {self.name} is impossible: {error}") from error
@@ -165,6 +166,11 @@ class RedisLink:
                 self.durability, self._wait = "memory", ()
         return replies[1]
 
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message)
+
     def _state(self) -> tuple[object, ...]:
         return ("fsync" if self.durability == "fsynced" else "replica", WAIT_MS, self.durability)
 
@@ -187,16 +193,12 @@ class RedisLink:
         try:
             config = await self._call(client.config_get("appendfsync", "maxmemory-policy"))
         except StoreUnavailable as error:
-            log.warning(
-                "%s does not tell its configuration (%s): durability and eviction are assumed bad", self.name, error
-            )
+            self._warn_once(f"{self.name} does not tell its configuration: a weak durability is assumed ({error})")
             config = {}
-        policy = config.get("maxmemory-policy", "unknown")
-        if policy != "noeviction":
-            log.warning(
-                "%s has maxmemory-policy %s and may drop sessions when full; set maxmemory-policy noeviction",
-                self.name,
-                policy,
+        if config.get("maxmemory-policy", "noeviction") != "noeviction":
+            self._warn_once(
+                f"{self.name} has maxmemory-policy {config['maxmemory-policy']} and drops sessions when it is full; "
+                "set maxmemory-policy noeviction"
             )
         version = tuple(int(part) for part in str(server["redis_version"]).split(".")[:2])
         aof = bool(int(persistence.get("aof_enabled", 0)))

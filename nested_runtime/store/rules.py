@@ -8,18 +8,15 @@ import secrets
 from collections.abc import Collection, Iterable
 
 from nested_runtime.errors import Conflict, LeaseLost, NotFound, Overloaded, RequestError, VersionConflict
-from nested_runtime.store.records import Lease, Limits, Page, SessionInfo, SessionKey, Snapshot, StoredAnswer, Usage
+from nested_runtime.store.records import Lease, Limits, SessionInfo, SessionKey, Snapshot, StoredAnswer, Usage
 
 __all__ = [
     "answered",
-    "check_label",
-    "check_limit",
     "cursor_of",
     "key_of",
     "lease_lost",
     "new_snapshot",
     "no_version",
-    "page",
     "prunable",
     "too_large",
     "too_many_sessions",
@@ -48,26 +45,9 @@ def key_of(cursor: str) -> SessionKey:
         raise RequestError(f"cursor {cursor[:80]!r} is not one of ours; use a page's cursor", param="cursor") from None
 
 
-def check_limit(limit: int) -> None:
-    """Refuse a page size outside 1 to 1000."""
-    if not 1 <= limit <= 1000:
-        raise RequestError(f"limit is {limit}; give 1 to 1000", param="limit")
-
-
-def check_label(label: str) -> None:
-    """Refuse a snapshot label over 256 characters."""
-    if len(label) > 256:
-        raise RequestError(f"label has {len(label)} characters; send at most 256", param="label")
-
-
 def new_snapshot(version: int, label: str, created: float) -> Snapshot:
     """A snapshot with a fresh, unguessable id."""
     return Snapshot(id=f"snap_{secrets.token_hex(8)}", version=version, label=label, created=created)
-
-
-def page(found: tuple[SessionInfo, ...], limit: int) -> Page:
-    """A page of up to `limit` + 1 sessions; the extra one says that there are more."""
-    return Page(found[:limit], cursor_of(found[limit - 1].key) if len(found) > limit else None)
 
 
 def total(infos: Iterable[SessionInfo]) -> Usage:

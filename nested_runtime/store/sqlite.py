@@ -20,7 +20,6 @@ from nested_runtime.store import rules
 from nested_runtime.store.base import StateStore
 from nested_runtime.store.records import (
     Lease,
-    Page,
     SessionInfo,
     SessionKey,
     Snapshot,
@@ -296,9 +295,7 @@ class SqliteStore(StateStore):
             (sid, answer.key, answer.body_digest, answer.version, now + self.answer_ttl, answer.answer),
         )
 
-    async def answer(self, key: SessionKey, answer_key: str) -> StoredAnswer | None:
-        """See StateStore."""
-
+    async def _answer(self, key: SessionKey, answer_key: str) -> StoredAnswer | None:
         def work(db: sqlite3.Connection) -> StoredAnswer | None:
             sid, _ = self._find(db, key) or (0, 0)
             row = db.execute(
@@ -311,10 +308,7 @@ class SqliteStore(StateStore):
 
     # ---- snapshots --------------------------------------------------------------------------------------------------
 
-    async def snapshot(self, key: SessionKey, number: int | None = None, label: str = "") -> Snapshot:
-        """See StateStore."""
-        rules.check_label(label)
-
+    async def _snapshot(self, key: SessionKey, number: int | None, label: str) -> Snapshot:
         def work(db: sqlite3.Connection) -> Snapshot:
             sid, head = self._find(db, key) or (0, 0)
             made = rules.new_snapshot(head if number is None else number, label, self._clock())
@@ -341,9 +335,7 @@ class SqliteStore(StateStore):
 
         return await self._read(work)
 
-    async def delete_snapshot(self, key: SessionKey, snapshot: str) -> bool:
-        """See StateStore."""
-
+    async def _delete_snapshot(self, key: SessionKey, snapshot: str) -> bool:
         def work(db: sqlite3.Connection) -> bool:
             sid, head = self._find(db, key) or (0, 0)
             deleted = db.execute("DELETE FROM snapshots WHERE sid = ? AND id = ?", (sid, snapshot)).rowcount
@@ -367,16 +359,13 @@ class SqliteStore(StateStore):
         found = await self._infos(where, tenant=key.tenant, session=key.session)
         return found[0] if found else None
 
-    async def sessions(self, tenant: str | None = None, *, cursor: str | None = None, limit: int = 100) -> Page:
-        """See StateStore."""
-        rules.check_limit(limit)
-        after = rules.key_of(cursor) if cursor is not None else None
+    async def _sessions(self, tenant: str | None, after: SessionKey | None, limit: int) -> tuple[SessionInfo, ...]:
         where = (
             "AND (:tenant IS NULL OR s.tenant = :tenant) AND (s.tenant, s.session) > (:after, :after_session) "
             "ORDER BY s.tenant, s.session LIMIT :limit"
         )
         start = {"after": after.tenant if after else "", "after_session": after.session if after else ""}
-        return rules.page(await self._infos(where, tenant=tenant, limit=limit + 1, **start), limit)
+        return await self._infos(where, tenant=tenant, limit=limit, **start)
 
     async def usage(self, tenant: str | None = None) -> Usage:
         """See StateStore."""
@@ -386,8 +375,7 @@ class SqliteStore(StateStore):
         """See StateStore."""
         return await self._delete(key.tenant, key.session) > 0
 
-    async def erase(self, tenant: str) -> int:
-        """See StateStore."""
+    async def _erase(self, tenant: str) -> int:
         return await self._delete(tenant)
 
     async def _delete(self, tenant: str, session: str | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from nested_runtime.errors import VersionConflict
+from nested_runtime.errors import Conflict, VersionConflict
 from nested_runtime.store.base import Draft, SessionKey
 from nested_runtime.store.url import open_store
 
@@ -44,6 +44,18 @@ async def forever(url: str) -> None:
             print(number, flush=True)
 
 
+async def pause(url: str) -> None:
+    """Hold the session; once told to, commit and print what became of it."""
+    async with open_store(url) as store, store.hold(KEY, ttl=0.3) as lease:
+        print("leased", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        try:
+            await store.commit(lease, 0, state_of(1), DRAFT)
+            print("committed", flush=True)
+        except Conflict as error:
+            print(error.code, flush=True)
+
+
 if __name__ == "__main__":
     mode, url = sys.argv[2], sys.argv[1]
-    asyncio.run(turns(url, int(sys.argv[3])) if mode == "turns" else forever(url))
+    asyncio.run(turns(url, int(sys.argv[3])) if mode == "turns" else {"forever": forever, "pause": pause}[mode](url))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,9 @@ KEY = SessionKey("acme", "shared")
 
 
 def start(url: str, *args: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
     command = [sys.executable, str(WORKER), url, *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 async def check(store: StateStore, newest: int) -> None:
@@ -70,3 +72,24 @@ def test_a_killed_writer_leaves_whole_versions(shared_bench: Any, kills: int) ->
         assert "Traceback" not in errors, errors
         newest = asyncio.run(check_after(max([newest, *map(int, output.split())])))
     assert newest > kills
+
+
+def test_a_stopped_holder_is_fenced(shared_bench: Any) -> None:
+    """SIGSTOP past the lease, somebody else commits, SIGCONT: the late commit is refused."""
+    worker = start(shared_bench.url, "pause")
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "leased\n"
+    time.sleep(0.7)  # renewed in the background: still held
+    worker.send_signal(signal.SIGSTOP)
+
+    async def main() -> None:
+        async with open_store(shared_bench.url) as store:
+            async with store.hold(KEY, wait=10) as lease:
+                draft = shared_bench.draft()
+                await store.commit(lease, 0, (1).to_bytes(4, "big") * 75_000, draft)
+                worker.send_signal(signal.SIGCONT)
+                output, errors = await asyncio.to_thread(worker.communicate, "go\n", 20)
+                assert output == "lease_lost\n", errors
+            await check(store, 1)
+
+    asyncio.run(main())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nested_runtime.errors import ConfigError, LeaseLost, NestedError, StoreFormatError, StoreUnavailable
+from nested_runtime.errors import ConfigError, LeaseLost, SessionBusy, StoreFormatError, StoreUnavailable
 from nested_runtime.store.base import Draft, SessionKey, StateStore, StoredAnswer
 from nested_runtime.store.redis import RedisStore
 from nested_runtime.store.url import open_store
@@ -249,7 +249,7 @@ def test_no_reply_reaches_another_caller(redis_server: Any) -> None:
                 async with store.hold(key, ttl=2, wait=10) as lease:
                     head = await store.head(key)
                     number = head.number if head else 0
-                    assert number in (committed, committed + 1) or tally["cancelled"] or tally["failed"]
+                    assert number >= committed
                     if head is not None:
                         assert head.fingerprint == name
                         version, state = await store.load(key)
@@ -268,8 +268,7 @@ def test_no_reply_reaches_another_caller(redis_server: Any) -> None:
                 number = await task
             except asyncio.CancelledError:
                 tally["cancelled"] += 1
-            except NestedError as error:
-                assert isinstance(error, StoreUnavailable | LeaseLost) or error.code == "session_busy", error
+            except (StoreUnavailable, LeaseLost, SessionBusy):
                 tally["failed"] += 1
             else:
                 assert number > committed
