@@ -128,13 +128,18 @@ class StateStore(ABC):
         from nested_runtime.store.fsck import check_session
 
         problems, cursor = await self._fsck(), None
-        while True:
-            page = await self.sessions(cursor=cursor)
-            for info in page.sessions:
-                problems += await check_session(self, info.key)
-            if page.cursor is None:
-                return problems
-            cursor = page.cursor
+        try:
+            while True:
+                page = await self.sessions(cursor=cursor)
+                for info in page.sessions:
+                    problems += await check_session(self, info.key)
+                if page.cursor is None:
+                    return problems
+                cursor = page.cursor
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            return [*problems, f"the check stopped early: {error}"]
 
     async def _fsck(self) -> list[str]:
         """Checks of this kind of store, beside those of each session."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nested_runtime.errors import ConfigError, RequestError
+from nested_runtime.errors import ConfigError, RequestError, StoreError
 
 __all__ = [
     "Draft",
@@ -103,8 +103,11 @@ class Version(Draft):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Version:
-        """Inverse of `to_json`."""
-        return cls(**json.loads(text))
+        """Inverse of `to_json`; StoreError if it is damaged."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"version record {text[:80]!r} is damaged: {error}; run `nested admin fsck`") from error
 
 
 @dataclass(frozen=True)

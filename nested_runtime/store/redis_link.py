@@ -153,16 +153,17 @@ class RedisLink:
 
     async def commit(self, script: str, keys: Sequence[str], state: bytes, *args: str | bytes | float) -> Any:
         """Stage `state` at the last key and run the script, in one round trip; then wait for the durability."""
+        wait, promised = self._wait, self.durability
         pipe = self._ready().pipeline(transaction=False)
         pipe.set(keys[-1], state, ex=60)
         pipe.eval(script, len(keys), *keys, *args)
-        if self._wait:  # on the same connection: WAIT is about this connection's writes
-            pipe.execute_command(*self._wait)
+        if wait:  # on the same connection: WAIT is about this connection's writes
+            pipe.execute_command(*wait)
         replies = await self._call(pipe.execute())
-        if self._wait:
-            reached = replies[2][0] if isinstance(replies[2], list) else replies[2]
-            if reached < 1:
-                log.warning("%s confirmed no %s within %d ms: commits are not %s now", self.name, *self._state())
+        if wait:
+            confirmed = replies[2][0] if isinstance(replies[2], list) else replies[2]
+            if confirmed < 1:
+                log.warning("%s did not confirm within %d ms: commits are not %s now", self.name, WAIT_MS, promised)
                 self.durability, self._wait = "memory", ()
         return replies[1]
 
@@ -170,9 +171,6 @@ class RedisLink:
         if message not in self._warned:
             self._warned.add(message)
             log.warning(message)
-
-    def _state(self) -> tuple[object, ...]:
-        return ("fsync" if self.durability == "fsynced" else "replica", WAIT_MS, self.durability)
 
     async def session_keys(self) -> AsyncIterator[SessionKey]:
         """Every session that has a hash, index or not. Reads all key names: for fsck only."""

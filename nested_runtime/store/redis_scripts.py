@@ -103,13 +103,17 @@ COMMIT = (
     + """
 local staged, fence, parent, record, id = KEYS[7], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local retain, most, name, answer = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9], ARGV[10]
-if redis.call('HGET', S, 'commit') == id then return {'ok'} end
-if not current(fence) then return {'lease'} end
+local function done(...)
+  redis.call('UNLINK', staged)
+  return {...}
+end
+if redis.call('HGET', S, 'commit') == id then return done('ok') end
+if not current(fence) then return done('lease') end
 local found = head()
-if found ~= parent then return {'version', whole(found)} end
+if found ~= parent then return done('version', whole(found)) end
 if name ~= '' then
   local expires = redis.call('ZSCORE', X, name)
-  if expires and tonumber(expires) > now then return {'answered'} end
+  if expires and tonumber(expires) > now then return done('answered') end
 end
 if redis.call('EXISTS', staged) == 0 then return {'staged'} end
 local keep, gone, size = pinned(), {}, redis.call('STRLEN', staged)
@@ -120,7 +124,7 @@ for _, number in ipairs(redis.call('HKEYS', V)) do
     size = size + redis.call('STRLEN', state(number))
   end
 end
-if size > most then return {'bytes', whole(size)} end
+if size > most then return done('bytes', whole(size)) end
 for _, number in ipairs(gone) do forget(number) end
 local number = whole(parent + 1)
 redis.call('RENAME', staged, state(number))

@@ -37,9 +37,11 @@ class RedisServer:
     """A redis-server process in a folder of its own."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = 65_535
+        while self.port > 55_535:  # a cluster's bus listens 10,000 higher
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = int(probe.getsockname()[1])
         self._folder, self._options = folder, options
         self.start()
 

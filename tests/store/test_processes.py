@@ -48,7 +48,7 @@ def test_processes_share_a_new_store(shared_bench: Any) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("kills", [12])
+@pytest.mark.parametrize("kills", [8])
 def test_a_killed_writer_leaves_whole_versions(shared_bench: Any, kills: int) -> None:
     """SIGKILL at random moments of commits: every version it printed is there, at most one more, each of them whole."""
     luck = random.Random(5)

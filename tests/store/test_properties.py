@@ -198,4 +198,4 @@ def test_memory_follows_the_model() -> None:
     class Machine(Histories):
         urls = ("memory:",)
 
-    run_state_machine_as_test(Machine, settings=settings(FAST, max_examples=80, stateful_step_count=50))
+    run_state_machine_as_test(Machine, settings=settings(FAST, max_examples=50, stateful_step_count=50))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nested_runtime.errors import StateError, StoreFormatError, StoreUnavailable
+from nested_runtime.errors import NestedError, StateError, StoreError, StoreFormatError, StoreUnavailable
 from nested_runtime.store.base import SessionKey, StateStore
 from nested_runtime.store.url import open_store
 
@@ -138,3 +140,51 @@ def test_a_locked_file_is_unavailable_not_broken(bench_sqlite: Any) -> None:
             await store.release(await store.lease(KEY))
 
     asyncio.run(main())
+
+
+def test_a_damaged_record_is_an_error_of_ours(bench_sqlite: Any) -> None:
+    path = Path(bench_sqlite.url.removeprefix("sqlite://"))
+
+    async def main() -> None:
+        async with bench_sqlite.open() as store:
+            async with store.hold(KEY) as lease:
+                await bench_sqlite.commit(store, lease, 0, b"state")
+            other = sqlite3.connect(path)
+            other.execute("UPDATE versions SET record = '{\"kind\": 1}'")
+            other.commit()
+            other.close()
+            for call in (store.head(KEY), store.load(KEY), store.sessions()):
+                with pytest.raises(StoreError, match="damaged"):
+                    await call
+            assert "stopped early" in (await store.fsck())[-1]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_file_with_holes_never_crashes(bench_sqlite: Any, seed: int) -> None:
+    """Pages overwritten at random, or the end cut off: errors of ours, or the right bytes."""
+    path = Path(bench_sqlite.url.removeprefix("sqlite://"))
+    luck = random.Random(seed)
+
+    async def write() -> None:
+        async with bench_sqlite.open() as store, store.hold(KEY) as lease:
+            for number in range(6):
+                await bench_sqlite.commit(store, lease, number, bytes([number]) * 100 + luck.randbytes(50_000))
+
+    async def read() -> None:
+        async with bench_sqlite.open() as store:
+            for number in range(1, 7):
+                _, state = await store.load(KEY, number)
+                assert state[:100] == bytes([number - 1]) * 100
+
+    asyncio.run(write())
+    content = bytearray(path.read_bytes())
+    if seed % 4 == 0:
+        del content[luck.randrange(1, len(content)) :]
+    for _ in range(6):
+        start = luck.randrange(100, max(len(content), 101))
+        content[start : start + 300] = luck.randbytes(len(content[start : start + 300]))
+    path.write_bytes(content)
+    with suppress(NestedError):
+        asyncio.run(read())
