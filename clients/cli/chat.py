@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..python import Client, ClientError, ConfigError, ConnectionFailed, Reply, Session
-from .output import Output
+from .output import Output, visible
 
 __all__ = ["add"]
 
@@ -77,14 +77,17 @@ class _Conversation:
             self._print(speaker.chat(message, **self._options))
             return
         with speaker.stream(message, **self._options) as stream:
+            said = False
             try:
                 for piece in stream:
-                    print(piece, end="", flush=True)
+                    print(visible(piece), end="", flush=True)
+                    said = True
             finally:
-                print()
+                if said:
+                    print()
 
     def _print(self, reply: Reply) -> None:
-        self._output.item(reply, text=reply.text)
+        self._output.item(reply, text=visible(reply.text))
 
     @property
     def _remembering(self) -> Session:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from ..python import APIError
 
-__all__ = ["Output"]
+__all__ = ["Output", "visible"]
 
 
 class Output:
@@ -62,17 +62,22 @@ class Output:
                 json.dumps({"error": {"message": str(error), "kind": type(error).__name__, **details}}), file=sys.stderr
             )
         else:
-            print(f"nested: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"nested: {visible(' '.join(str(error).split()))}", file=sys.stderr)
 
     @staticmethod
     def _dump(value: Any) -> None:
         print(json.dumps(value, ensure_ascii=False))
 
 
+def visible(text: str, kept: str = "\n\t") -> str:
+    """Text with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _cell(value: Any) -> str:
-    """One value on one line, with nothing in it that a terminal would obey."""
+    """One value on one line."""
     if value is None:
         return "-"
     if isinstance(value, datetime):
         return value.astimezone().isoformat(sep=" ", timespec="seconds")
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return visible(str(value), kept="")
