@@ -87,8 +87,10 @@ class MemoryStore(StateStore):
         return held is not None and held.fence == lease.fence and held.expires > self._clock()
 
     def _check_room(self, key: SessionKey) -> None:
-        held = sum(1 for other in self._kept if other.tenant == key.tenant and self._get(other))
-        if held >= self.limits.sessions_per_tenant:
+        if len(self._kept) < self.limits.sessions_per_tenant:
+            return
+        held = [other for other in self._kept if other.tenant == key.tenant and self._get(other)]
+        if len(held) >= self.limits.sessions_per_tenant:
             raise rules.too_many_sessions(key, self.limits)
 
     async def _try_lease(self, key: SessionKey, ttl: float) -> Lease | None:

@@ -162,8 +162,15 @@ class RedisStore(StateStore):
         return sorted(found, key=lambda version: -version.number)
 
     async def _load(self, key: SessionKey, number: int | None, snapshot: str | None) -> tuple[Version, bytes] | None:
-        found = await self._eval(scripts.LOAD, key, "" if number is None else number, snapshot or "")
-        return (Version.from_json(found[0]), found[1]) if found else None
+        if number is None:
+            located = await self._eval(scripts.LOCATE, key, "", snapshot or "")
+            if not located:
+                return None
+            number = int(located[0])
+        # The state comes past Lua, which would copy it, yet in the same atomic step as its record.
+        keys = [*self._keys.all(key), f"{self._keys.session(key)}:s:{number}"]
+        located, state = await self._link.read(scripts.LOCATE, keys, self._now(), self.ttl or 0, number, "")
+        return (Version.from_json(located[1]), state) if located and state is not None else None
 
     async def _commit(self, lease: Lease, version: Version, packed: bytes, answer: StoredAnswer | None) -> None:
         key, limits = lease.key, self.limits

@@ -151,6 +151,13 @@ class RedisLink:
         """One script."""
         return await self._call(self._ready().eval(script, len(keys), *keys, *args))
 
+    async def read(self, script: str, keys: Sequence[str], *args: str | bytes | float) -> Any:
+        """A script's result and the content of the last key, atomically."""
+        pipe = self._ready().pipeline(transaction=True)
+        pipe.eval(script, len(keys), *keys, *args)
+        pipe.get(keys[-1])
+        return await self._call(pipe.execute())
+
     async def commit(self, script: str, keys: Sequence[str], state: bytes, *args: str | bytes | float) -> Any:
         """Stage `state` at the last key and run the script, in one round trip; then wait for the durability."""
         wait, promised = self._wait, self.durability

@@ -7,7 +7,7 @@ ARGV 1-2: now ("" = the server's clock), seconds after which an idle session exp
 
 from __future__ import annotations
 
-__all__ = ["COMMIT", "DELETE", "DROP", "INFO", "LEASE", "LOAD", "READ", "RELEASE", "RENEW", "RESERVE", "SNAPSHOT"]
+__all__ = ["COMMIT", "DELETE", "DROP", "INFO", "LEASE", "LOCATE", "READ", "RELEASE", "RENEW", "RESERVE", "SNAPSHOT"]
 __all__ += ["SWEEP", "UNSNAPSHOT"]
 
 _CLOCK = """
@@ -143,8 +143,8 @@ return {'ok'}
 """
 )
 
-# number ("" = by snapshot or head), snapshot ("" = none) -> {record, state} or {}
-LOAD = (
+# number ("" = by snapshot or head), snapshot ("" = none) -> {number, record} or {}
+LOCATE = (
     _SESSION
     + """
 local found, number = head(), ARGV[3]
@@ -156,9 +156,9 @@ if ARGV[4] ~= '' then
 elseif number == '' then
   number = whole(found)
 end
-local record, bytes = redis.call('HGET', V, number), redis.call('GET', state(number))
-if not record or not bytes then return {} end
-return {record, bytes}
+local record = redis.call('HGET', V, number)
+if not record then return {} end
+return {number, record}
 """
 )
 

@@ -176,7 +176,7 @@ class Histories(RuleBasedStateMachine):
         self.same([store.usage() for store in self.stores])
 
 
-FAST = settings(max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+FAST = settings(max_examples=10, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.redis
@@ -191,7 +191,7 @@ def test_memory_and_sqlite_answer_alike() -> None:
     class Machine(Histories):
         urls = ("memory:", "sqlite://{folder}/s.sqlite")
 
-    run_state_machine_as_test(Machine, settings=settings(FAST, max_examples=20))
+    run_state_machine_as_test(Machine, settings=settings(FAST, max_examples=15))
 
 
 def test_memory_follows_the_model() -> None:
