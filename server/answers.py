@@ -24,7 +24,7 @@ class AnswerCache:
         self._running: set[tuple[str, str]] = set()
 
     def begin(self, tenant: str, key: str, body_digest: str) -> bytes | None:
-        """The stored answer, or None: then say `end` later. Conflict while it is running, RequestError for another body."""
+        """The stored answer, or None: then say `end` later. Conflict while running, RequestError for another body."""
         mark = (tenant, key)
         if mark in self._answers:
             digest, answer = self._answers[mark]

@@ -1,7 +1,7 @@
 """API keys: a file of keys and tenants, kept as SHA-256 hashes, compared in constant time.
 
-One key per line: `tenant key` or `tenant sha256:<64 hex digits>`; a lone key belongs to the tenant "default". Empty lines
-and lines that begin with # are skipped.
+One key per line: `tenant key` or `tenant sha256:<64 hex digits>`; a lone key belongs to the tenant "default". Empty
+lines and lines that begin with # are skipped.
 """
 
 from __future__ import annotations

@@ -94,11 +94,11 @@ def session_key(request: Request, in_body: str | None) -> SessionKey | None:
             param="session_id",
         )
     name = in_header if in_header is not None else in_body
-    return None if name is None else SessionKey(caller_of(request).tenant, name)
+    return None if name is None else named_session(request, name)
 
 
 def named_session(request: Request, id: str) -> SessionKey:
-    """The session of a path."""
+    """The session of that id of the calling tenant, noted for the log."""
     request.scope["state"]["session"] = id
     return SessionKey(caller_of(request).tenant, id)
 

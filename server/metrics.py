@@ -33,7 +33,7 @@ Stats = Callable[[], Iterable[tuple[str, dict[str, Any]]]]
 
 
 class Metrics:
-    """All metrics of one server. `stats` gives (model id, Backend.stats()), `resident` (states, bytes) kept in memory."""
+    """All metrics of one server. `stats` gives (model id, Backend.stats()), `resident` (states, bytes) in memory."""
 
     def __init__(self, stats: Stats, resident: Callable[[], tuple[int, int]]) -> None:
         self.registry = CollectorRegistry()

@@ -190,7 +190,7 @@ def _prompt_logprobs(finished: Finished, tokenizer: Tokenizer) -> dict[str, Any]
     """vLLM's prompt_logprobs: per prompt token a mapping of token id to logprob, rank and text."""
     if finished.prompt_logprobs is None:
         return {}
-    entries = []
+    entries: list[dict[str, Any] | None] = []
     for one in finished.prompt_logprobs:
         if one is None:
             entries.append(None)

@@ -29,9 +29,7 @@ class Closed(BaseModel):
 class MemoryOptions(Closed):
     """How a session's memory treats this request."""
 
-    learn: Literal["all", "prompt", "off"] = Field(
-        "all", description="Commit the state after the reply, prompt or not."
-    )
+    learn: Literal["all", "prompt", "off"] = Field("all", description="Commit the state after reply, prompt or not.")
     history: Literal["auto", "new", "resent"] = Field(
         "auto",
         description="Which messages are new. auto: a conversation with replies in it is compared with what was read; "
@@ -75,7 +73,7 @@ class Generation(Strict):
     metadata: dict[str, str] | None = None
     session_id: str | None = None
     request_id: str | None = None
-    memory: MemoryOptions = MemoryOptions()
+    memory: MemoryOptions = Field(default_factory=lambda: MemoryOptions.model_validate({}))
 
     @property
     def stops(self) -> tuple[str, ...]:
