@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from clients.cli.output import visible
 from clients.python import Client
 
 NESTED = str(Path(sys.executable).parent / "nested")
@@ -74,7 +75,7 @@ def test_chat_with_one_message(nested: Nested, url: str, new_id: NewId) -> None:
     assert whole["session"]["version"] == 2
     with Client(url) as client:
         other = client.session(new_id()).chat("hello", temperature=0, max_tokens=8)
-    assert streamed.rstrip("\n") == other.text.rstrip("\n")
+    assert streamed.rstrip("\n") == visible(other.text).rstrip("\n")
 
 
 def test_chat_from_a_pipe(nested: Nested, session: str) -> None:
