@@ -233,6 +233,7 @@ class StateStore(ABC):
         """
         if snapshot is not None:
             check_text(snapshot, "snapshot")
+            number = None  # the snapshot says it
         found = None if _impossible(number) else await self._load(key, number, snapshot)
         if found is None:
             wanted = f"snapshot {snapshot!r}" if snapshot is not None else f"version {number or 'head'}"

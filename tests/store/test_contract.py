@@ -108,6 +108,7 @@ def test_retains_the_newest_versions(bench: Any) -> None:
         with pytest.raises(NotFound):
             await store.load(KEY, 5)
         assert (await store.load(KEY, snapshot=kept.id))[1] == b"2"
+        assert (await store.load(KEY, 7, snapshot=kept.id))[1] == b"2"
         assert await store.delete_snapshot(KEY, kept.id)
         assert [version.number for version in await store.versions(KEY)] == [8, 7, 6]
         with pytest.raises(NotFound, match=kept.id):
