@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -159,34 +160,27 @@ def chat() -> Callable[..., httpx.Response]:
 
 
 class Process:
-    """A real `nested-serve` process on a free port."""
+    """A real `nested-serve` process on a free port, which it names in its log."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self._log = log
         self._arguments = arguments
+        self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
-        self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> Process:
         command = [sys.executable, "-m", "server", "--port", "0", "--threads", "1", *self._arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
-        assert self._process.stderr is not None
-        lines = []
-        for line in self._process.stderr:
-            lines.append(line)
-            if " on http" in line:
-                self.url = line.split(" on ")[1].split(",")[0]
-                break
-        assert self.url, "".join(lines)
-        threading.Thread(target=self._process.stderr.read, daemon=True).start()
-        with self.client() as http:
-            for _ in range(200):
-                try:
-                    http.get("/health")
-                    return self
-                except httpx.TransportError:
-                    time.sleep(0.02)
-        raise AssertionError("the server does not answer")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, cwd=ROOT, stderr=log, env=environment)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self._process.poll() is None:
+            found = re.search(r" on (http\S+),", self._log.read_text())
+            if found:
+                self.url = found[1]
+                return self
+            time.sleep(0.05)
+        raise AssertionError(self._log.read_text())
 
     def client(self, **kwargs: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30.0, **kwargs)
@@ -198,11 +192,11 @@ class Process:
 
 
 @pytest.fixture
-def process() -> Iterator[Callable[..., Process]]:
+def process(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     made: list[Process] = []
 
     def start(*arguments: str) -> Process:
-        made.append(Process(*arguments).start())
+        made.append(Process(tmp_path / f"server-{len(made)}.log", *arguments).start())
         return made[-1]
 
     yield start
