@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nested_runtime.store.base import Draft, Lease, StateStore, StoredAnswer, Version
+from nested_runtime.store.base import Draft, Lease, SessionKey, StateStore, StoredAnswer, Version
 from nested_runtime.store.url import open_store
 
+KEY = SessionKey("acme", "alice")
 _numbers = itertools.count()
 
 
@@ -127,6 +129,25 @@ class Bench:
         self, store: StateStore, lease: Lease, parent: int, state: bytes, answer: StoredAnswer | None = None
     ) -> Version:
         return await store.commit(lease, parent, state, self.draft(state), answer)
+
+    async def write(self, store: StateStore, count: int, key: SessionKey = KEY) -> None:
+        """`count` more versions of a session; version n has the state b"n"."""
+        async with store.hold(key) as lease:
+            head = await store.head(key)
+            newest = head.number if head else 0
+            for number in range(newest, newest + count):
+                self.clock.pass_(0.001)
+                await self.commit(store, lease, number, b"%d" % (number + 1))
+
+    def run(self, test: Callable[[StateStore], Awaitable[None]], **options: Any) -> None:
+        """Run `test` on an open store, which must be healthy afterwards."""
+
+        async def main() -> None:
+            async with self.open(**options) as store:
+                await test(store)
+                assert await store.fsck() == []
+
+        asyncio.run(main())
 
 
 _REDIS = [pytest.param(kind, marks=pytest.mark.redis) for kind in ("redis", "cluster")]

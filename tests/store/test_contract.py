@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from nested_runtime.errors import (
     NotFound,
     Overloaded,
     RequestError,
-    SessionBusy,
     StoreUnavailable,
     VersionConflict,
 )
@@ -25,24 +23,6 @@ from nested_runtime.store.base import Limits, SessionKey, StateStore, StoredAnsw
 
 KEY = SessionKey("acme", "alice")
 OTHER = SessionKey("acme", "bob")
-
-
-def run(bench: Any, test: Callable[[StateStore], Awaitable[None]], **options: Any) -> None:
-    async def main() -> None:
-        async with bench.open(**options) as store:
-            await test(store)
-            assert await store.fsck() == []
-
-    asyncio.run(main())
-
-
-async def write(bench: Any, store: StateStore, count: int, key: SessionKey = KEY) -> None:
-    """`count` more versions of a session; version n has the state b"n"."""
-    async with store.hold(key) as lease:
-        head = await store.head(key)
-        for number in range(head.number if head else 0, (head.number if head else 0) + count):
-            bench.clock.pass_(0.001)
-            await bench.commit(store, lease, number, b"%d" % (number + 1))
 
 
 # ---- versions ------------------------------------------------------------------------------------------------------
@@ -78,12 +58,12 @@ def test_commit_and_load(bench: Any) -> None:
         assert info.head == second
         assert (info.versions, info.snapshots, info.bytes) == (2, 0, first.size + second.size)
 
-    run(bench, test)
+    bench.run(test)
 
 
 def test_stale_parent_changes_nothing(bench: Any) -> None:
     async def test(store: StateStore) -> None:
-        await write(bench, store, 2)
+        await bench.write(store, 2)
         async with store.hold(KEY) as lease:
             for parent in (0, 1, 3):
                 with pytest.raises(VersionConflict, match="version 2"):
@@ -95,14 +75,14 @@ def test_stale_parent_changes_nothing(bench: Any) -> None:
                 await bench.commit(store, lease, 1, b"x")
         assert await store.head(OTHER) is None
 
-    run(bench, test)
+    bench.run(test)
 
 
 def test_retains_the_newest_versions(bench: Any) -> None:
     async def test(store: StateStore) -> None:
-        await write(bench, store, 3)
+        await bench.write(store, 3)
         kept = await store.snapshot(KEY, 2, "good")
-        await write(bench, store, 5)
+        await bench.write(store, 5)
         assert [version.number for version in await store.versions(KEY)] == [8, 7, 6, 2]
         assert (await store.load(KEY, 6))[1] == b"6"
         with pytest.raises(NotFound):
@@ -114,7 +94,7 @@ def test_retains_the_newest_versions(bench: Any) -> None:
         with pytest.raises(NotFound, match=kept.id):
             await store.load(KEY, snapshot=kept.id)
 
-    run(bench, test, limits=Limits(retain=3))
+    bench.run(test, limits=Limits(retain=3))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +111,8 @@ def test_retains_the_newest_versions(bench: Any) -> None:
 )
 def test_any_text_is_a_key(bench: Any, key: SessionKey) -> None:
     async def test(store: StateStore) -> None:
-        await write(bench, store, 1, key)
-        await write(bench, store, 2, SessionKey(key.tenant, "neighbour"))
+        await bench.write(store, 1, key)
+        await bench.write(store, 2, SessionKey(key.tenant, "neighbour"))
         info = await store.info(key)
         assert info is not None
         assert (info.key, info.head.number) == (key, 1)
@@ -141,7 +121,7 @@ def test_any_text_is_a_key(bench: Any, key: SessionKey) -> None:
         assert await store.head(key) is None
         assert await store.head(SessionKey(key.tenant, "neighbour"))
 
-    run(bench, test)
+    bench.run(test)
 
 
 @pytest.mark.parametrize("text", ["", "x" * 257, "a\nb", "a\x00", "\x7f", "\x85", "\ud800", 7, None])
@@ -156,7 +136,7 @@ def test_key_is_checked(text: Any) -> None:
 @pytest.mark.parametrize("number", [-1, 0, 1 << 53, 10**30])
 def test_impossible_versions_do_not_exist(bench: Any, number: int) -> None:
     async def test(store: StateStore) -> None:
-        await write(bench, store, 1)
+        await bench.write(store, 1)
         with pytest.raises(NotFound):
             await store.load(KEY, number)
         with pytest.raises(NotFound):
@@ -165,12 +145,12 @@ def test_impossible_versions_do_not_exist(bench: Any, number: int) -> None:
             with pytest.raises(VersionConflict):
                 await bench.commit(store, lease, number, b"x")
 
-    run(bench, test)
+    bench.run(test)
 
 
 def test_hostile_text_is_refused(bench: Any) -> None:
     async def test(store: StateStore) -> None:
-        await write(bench, store, 1)
+        await bench.write(store, 1)
         for bad in ("\ud800", "a\x00b", "x" * 257):
             for call in (
                 store.load(KEY, snapshot=bad),
@@ -189,139 +169,7 @@ def test_hostile_text_is_refused(bench: Any) -> None:
             made = await store.commit(lease, 1, b"", replace(bench.draft(), extra={"odd": ("\ud800", 1)}))
             assert await store.head(KEY) == made
 
-    run(bench, test)
-
-
-# ---- leases --------------------------------------------------------------------------------------------------------
-
-
-def test_lease_is_exclusive_and_fences_grow(bench: Any) -> None:
-    async def test(store: StateStore) -> None:
-        first = await store.lease(KEY)
-        with pytest.raises(SessionBusy):
-            await store.lease(KEY)
-        with pytest.raises(SessionBusy):
-            await store.lease(KEY, wait=0.05)
-        other = await store.lease(OTHER)
-        await store.release(first)
-        await store.release(first)
-        second = await store.lease(KEY)
-        assert second.fence > first.fence
-        await store.release(first)  # no longer ours: ignored
-        with pytest.raises(SessionBusy):
-            await store.lease(KEY)
-        with pytest.raises(LeaseLost):
-            await bench.commit(store, first, 0, b"stale")
-        with pytest.raises(LeaseLost):
-            await store.renew(first)
-        assert (await bench.commit(store, second, 0, b"1")).number == 1
-        assert (await bench.commit(store, other, 0, b"1")).number == 1
-
-    run(bench, test)
-
-
-def test_lease_expires_and_the_late_holder_is_fenced(bench: Any) -> None:
-    async def test(store: StateStore) -> None:
-        late = await store.lease(KEY, ttl=10)
-        bench.clock.pass_(9)
-        renewed = await store.renew(late)
-        assert (renewed.fence, renewed.expires) == (late.fence, pytest.approx(bench.clock.now + 10))
-        bench.clock.pass_(9)
-        assert (await bench.commit(store, late, 0, b"1")).number == 1
-        bench.clock.pass_(1)
-        with pytest.raises(LeaseLost):  # expired, although nobody else has it
-            await bench.commit(store, late, 1, b"2")
-        with pytest.raises(LeaseLost):
-            await store.renew(late)
-        taker = await store.lease(KEY)
-        assert taker.fence > late.fence
-        with pytest.raises(LeaseLost):
-            await bench.commit(store, late, 1, b"2")
-        await bench.commit(store, taker, 1, b"2")
-
-    run(bench, test)
-
-
-def test_waiters_get_the_lease_in_order(bench: Any) -> None:
-    async def test(store: StateStore) -> None:
-        order: list[int] = []
-
-        async def turn(number: int) -> None:
-            async with store.hold(KEY, wait=20):
-                order.append(number)
-
-        held = await store.lease(KEY)
-        turns = []
-        for number in range(5):
-            turns.append(asyncio.create_task(turn(number)))
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.02)
-        assert order == []
-        await store.release(held)
-        await asyncio.gather(*turns)
-        assert order == [0, 1, 2, 3, 4]
-        assert not store._turnstile._gates
-
-    run(bench, test)
-
-
-def test_a_cancelled_waiter_leaves_no_lease(bench: Any) -> None:
-    async def test(store: StateStore) -> None:
-        for delay in (0.0, 0.0005, 0.001, 0.002, 0.005):
-            taking = asyncio.create_task(store.lease(KEY))
-            await asyncio.sleep(delay)
-            if not taking.done():
-                taking.cancel()
-            for lease in await asyncio.gather(taking, return_exceptions=True):
-                if not isinstance(lease, BaseException):
-                    await store.release(lease)
-            await store.release(await store.lease(KEY, wait=5))
-
-    run(bench, test)
-
-
-def test_hold_renews_and_releases(bench: Any) -> None:
-    async def test(store: StateStore) -> None:
-        async with store.hold(KEY, ttl=0.15) as lease:
-            for _ in range(6):  # six times a third of the ttl, while the clock passes two ttls
-                await asyncio.sleep(0.07)
-                bench.clock.pass_(0.05)
-            await bench.commit(store, lease, 0, b"1")
-        with pytest.raises(ZeroDivisionError):
-            async with store.hold(KEY):
-                raise ZeroDivisionError
-        await store.release(await store.lease(KEY))
-
-    run(bench, test)
-
-
-def test_racing_commits_have_one_winner(bench: Any) -> None:
-    async def test(store: StateStore) -> None:
-        lease = await store.lease(KEY)
-        for parent in range(3):
-            racing = (bench.commit(store, lease, parent, b"%d" % number) for number in range(12))
-            results = await asyncio.gather(*racing, return_exceptions=True)
-            won = [result for result in results if not isinstance(result, BaseException)]
-            assert len(won) == 1
-            assert sum(isinstance(result, VersionConflict) for result in results) == 11
-            assert await store.head(KEY) == won[0]
-
-    run(bench, test)
-
-
-def test_racing_turns_all_commit_in_turn(bench: Any) -> None:
-    async def test(store: StateStore) -> None:
-        async def turn(number: int) -> None:
-            async with store.hold(KEY, wait=20) as lease:
-                head = await store.head(KEY)
-                await bench.commit(store, lease, head.number if head else 0, b"%d" % number)
-
-        await asyncio.gather(*map(turn, range(12)))
-        head = await store.head(KEY)
-        assert head is not None
-        assert head.number == 12
-
-    run(bench, test)
+    bench.run(test)
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
@@ -347,7 +195,7 @@ def test_answer_is_committed_with_its_version(bench: Any) -> None:
         await store.sweep()
         assert await store.answer(KEY, "key-2") is None
 
-    run(bench, test, answer_ttl=100)
+    bench.run(test, answer_ttl=100)
 
 
 def test_answers_are_bounded(bench: Any) -> None:
@@ -359,7 +207,7 @@ def test_answers_are_bounded(bench: Any) -> None:
         kept = [number for number in range(6) if await store.answer(KEY, f"k{number}")]
         assert kept == [3, 4, 5]
 
-    run(bench, test, limits=Limits(answers_per_session=3))
+    bench.run(test, limits=Limits(answers_per_session=3))
 
 
 # ---- snapshots -----------------------------------------------------------------------------------------------------
@@ -369,7 +217,7 @@ def test_snapshots(bench: Any) -> None:
     async def test(store: StateStore) -> None:
         with pytest.raises(NotFound):
             await store.snapshot(KEY)
-        await write(bench, store, 3)
+        await bench.write(store, 3)
         first = await store.snapshot(KEY, 2, 'Zürich "1"')
         bench.clock.pass_(1)
         second = await store.snapshot(KEY)
@@ -392,7 +240,7 @@ def test_snapshots(bench: Any) -> None:
         assert info is not None
         assert info.snapshots == 1
 
-    run(bench, test, limits=Limits(snapshots_per_session=2))
+    bench.run(test, limits=Limits(snapshots_per_session=2))
 
 
 # ---- deletion ------------------------------------------------------------------------------------------------------
@@ -422,7 +270,7 @@ def test_delete_erases_everything_and_fences_the_holder(bench: Any) -> None:
         with pytest.raises(NotFound):
             await store.load(KEY, snapshot=made.id)
 
-    run(bench, test)
+    bench.run(test)
 
 
 def test_delete_fences_a_first_turn(bench: Any) -> None:
@@ -433,14 +281,14 @@ def test_delete_fences_a_first_turn(bench: Any) -> None:
             await bench.commit(store, lease, 0, b"1")
         assert await store.head(KEY) is None
 
-    run(bench, test)
+    bench.run(test)
 
 
 def test_erase_a_tenant(bench: Any) -> None:
     async def test(store: StateStore) -> None:
         stranger = SessionKey("acme2", "alice")
         for key in (KEY, OTHER, stranger):
-            await write(bench, store, 1, key)
+            await bench.write(store, 1, key)
         running = await store.lease(SessionKey("acme", "first turn"))
         assert await store.erase("acme") == 2
         assert await store.erase("acme") == 0
@@ -449,13 +297,13 @@ def test_erase_a_tenant(bench: Any) -> None:
         with pytest.raises(LeaseLost):
             await bench.commit(store, running, 0, b"1")
 
-    run(bench, test)
+    bench.run(test)
 
 
 def test_idle_sessions_expire(bench: Any) -> None:
     async def test(store: StateStore) -> None:
-        await write(bench, store, 2)
-        await write(bench, store, 1, OTHER)
+        await bench.write(store, 2)
+        await bench.write(store, 1, OTHER)
         bench.clock.pass_(59)
         touched = await store.lease(OTHER)
         bench.clock.pass_(1)
@@ -476,7 +324,7 @@ def test_idle_sessions_expire(bench: Any) -> None:
         with pytest.raises(ConfigError, match="ttl"):
             await store.lease(KEY, ttl=61)
 
-    run(bench, test, ttl=60)
+    bench.run(test, ttl=60)
 
 
 # ---- listing, limits, life -----------------------------------------------------------------------------------------
@@ -486,7 +334,7 @@ def test_pages_and_usage(bench: Any) -> None:
     async def test(store: StateStore) -> None:
         keys = [SessionKey(tenant, f"s{number:02}") for tenant in ("a", "b", "ü") for number in range(7)]
         for key in reversed(keys):
-            await write(bench, store, 1, key)
+            await bench.write(store, 1, key)
         await store.snapshot(keys[0])
         for limit in (1, 5, 7, 21, 22):
             for tenant in (None, "b", "nobody"):
@@ -509,17 +357,17 @@ def test_pages_and_usage(bench: Any) -> None:
         with pytest.raises(RequestError, match="limit"):
             await store.sessions(limit=0)
 
-    run(bench, test)
+    bench.run(test)
 
 
 def test_limits(bench: Any) -> None:
     async def test(store: StateStore) -> None:
-        await write(bench, store, 1)
+        await bench.write(store, 1)
         await store.release(await store.lease(OTHER))  # leased, never written: takes no room
-        await write(bench, store, 1, SessionKey("acme", "carol"))
+        await bench.write(store, 1, SessionKey("acme", "carol"))
         with pytest.raises(Overloaded, match="maximum of 2"):
             await store.lease(OTHER)
-        await write(bench, store, 1, SessionKey("other", "bob"))
+        await bench.write(store, 1, SessionKey("other", "bob"))
         await store.delete(KEY)
         async with store.hold(OTHER) as lease:
             await bench.commit(store, lease, 0, os.urandom(3000))
@@ -531,7 +379,7 @@ def test_limits(bench: Any) -> None:
             assert len(await store.versions(OTHER)) == 2
 
     limits = Limits(sessions_per_tenant=2, bytes_per_session=10_000, state_bytes=6000)
-    run(bench, test, limits=limits)
+    bench.run(test, limits=limits)
 
 
 def test_room_is_checked_when_a_session_is_born(bench: Any) -> None:
@@ -551,7 +399,7 @@ def test_room_is_checked_when_a_session_is_born(bench: Any) -> None:
         assert all(isinstance(result, Overloaded) for result in results if isinstance(result, BaseException))
         assert (await store.usage("acme")).sessions == 3
 
-    run(bench, test, limits=Limits(sessions_per_tenant=3))
+    bench.run(test, limits=Limits(sessions_per_tenant=3))
 
 
 def test_life(bench: Any) -> None:
@@ -563,7 +411,7 @@ def test_life(bench: Any) -> None:
         async with store:
             await store.ping()
             assert store.durability == {"sqlite": "fsynced"}.get(bench.kind, "memory")
-            await write(bench, store, 1)
+            await bench.write(store, 1)
         await store.close()
         async with store:
             assert (await store.load(KEY))[1] == b"1"
