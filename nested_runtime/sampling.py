@@ -17,6 +17,7 @@ from nested_runtime.errors import RequestError
 __all__ = ["Chooser", "choose", "token_logprobs", "validate"]
 
 _MAX_LOGPROBS = 1024
+_FEW = 64  # torch.topk is fast up to 1/64 of a vocabulary of 4096
 
 
 def validate(params: SamplingParams, vocab_size: int) -> None:
@@ -145,18 +146,38 @@ def _sample(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[int]:
 
 
 def _truncate(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Zero the weights [N, V] that min_p, top_k and top_p (in this order) drop; the most likely token always stays."""
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    """Zero the weights [N, V] that min_p, top_k and top_p drop, in this order; the most likely token always stays.
+
+    Of equal weights at the very limit any may stay.
+    """
     vocab_size = weights.shape[-1]
-    rank = torch.arange(vocab_size)
-    top_k = torch.tensor([[p.top_k or vocab_size] for p in params])
-    min_p = torch.tensor([[p.min_p] for p in params], dtype=torch.float64)
-    top_p = torch.tensor([[p.top_p] for p in params], dtype=torch.float64)
+    rows = [(p.top_k or vocab_size, p.min_p, p.top_p if p.top_p < 1 else math.inf) for p in params]
+    limits = torch.tensor(rows, dtype=torch.float64)
+    # Sorting a vocabulary costs far more than finding a few tokens, which mostly are enough.
+    kept, is_whole = _keep(weights, limits, min(_FEW, vocab_size))
+    if not bool(is_whole.all()):
+        rest = ~is_whole
+        kept[rest] = _keep(weights[rest], limits[rest], vocab_size)[0]
+    return kept
+
+
+def _keep(weights: torch.Tensor, limits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept weights [N, V] under limits [N, 3] (top_k, min_p, top_p), looking at the `width` most likely tokens only.
+
+    Second result [N]: whether all kept tokens are among those.
+    """
+    top_k, min_p, top_p = limits.split_with_sizes([1, 1, 1], dim=-1)
+    ordered, order = weights.topk(width, dim=-1)
+    rank = torch.arange(width)
     kept = ordered * ((rank < top_k) & (ordered >= min_p * ordered[:, :1]))
+    goes_on = (kept[:, -1:] > 0) & (rank[-1] + 1 < top_k) & (width < weights.shape[-1])
+    # Rows that go on know the total of their candidates only if there is no other limit than top_p.
+    is_free = (top_k >= weights.shape[-1]) & (min_p == 0)
+    total = torch.where(goes_on, weights.sum(dim=-1, keepdim=True), kept.sum(dim=-1, keepdim=True))
     before = kept.cumsum(dim=-1) - kept
-    # top_p = 1 must drop nothing, whatever the rounding of the sum.
-    inside = (before < top_p * kept.sum(dim=-1, keepdim=True)) | (top_p >= 1) | (rank == 0)
-    return torch.zeros_like(weights).scatter_(-1, order, kept * inside)
+    inside = (before < top_p * total) | (rank == 0)
+    is_whole = ~goes_on | (is_free & (kept.sum(dim=-1, keepdim=True) >= top_p * total))
+    return torch.zeros_like(weights).scatter_(-1, order, kept * inside), is_whole.squeeze(-1)
 
 
 def token_logprobs(

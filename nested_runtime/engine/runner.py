@@ -59,20 +59,20 @@ class Runner:
             self.pool.mark_dirty(span.slot)
         hidden = self.model(self._pack(spans), self.pool.tensors)
         logits = self._logits(hidden, spans)
-        bad = {*_bad(_pieces(hidden, [len(span.tokens) for span in spans])), *_bad(logits)}
-        return StepOutput(logits, bad)
+        num_rows = [len(span.rows) for span in spans]
+        bad = {*_bad(hidden, [len(span.tokens) for span in spans]), *_bad(logits, num_rows)}
+        return StepOutput(_pieces(logits, num_rows), bad)
 
-    def _logits(self, hidden: torch.Tensor, spans: list[Span]) -> list[torch.Tensor]:
-        """Next-token logits of the wanted rows of hidden [T, D], span by span."""
+    def _logits(self, hidden: torch.Tensor, spans: list[Span]) -> torch.Tensor:
+        """Next-token logits [R, V] of the wanted rows of hidden [T, D]."""
         wanted: list[int] = []
         start = 0
         for span in spans:
             wanted += [start + row for row in span.rows]
             start += len(span.tokens)
         if not wanted:
-            return [torch.empty(0, self.model.vocab_size)] * len(spans)
-        logits = self.model.logits(hidden[torch.tensor(wanted, device=self.device)]).to("cpu", torch.float32)
-        return _pieces(logits, [len(span.rows) for span in spans])
+            return torch.empty(0, self.model.vocab_size)
+        return self.model.logits(hidden[torch.tensor(wanted, device=self.device)]).to("cpu", torch.float32)
 
     def _pack(self, spans: list[Span]) -> Batch:
         tokens = [token for span in spans for token in span.tokens]
@@ -98,10 +98,11 @@ def _pieces(rows: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
     return [rows[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
-def _bad(pieces: list[torch.Tensor]) -> list[int]:
-    """Indices of the pieces with a NaN or an infinity."""
-    # A sum is finite whenever all terms are, unless it overflows: only then look at every element.
-    return [i for i, piece in enumerate(pieces) if not (bool(piece.sum().isfinite()) or bool(piece.isfinite().all()))]
+def _bad(rows: torch.Tensor, lengths: list[int]) -> list[int]:
+    """Indices of the pieces of `rows` with a NaN or an infinity."""
+    if bool(rows.sum().isfinite()):  # then so are all terms
+        return []
+    return [index for index, piece in enumerate(_pieces(rows, lengths)) if not bool(piece.isfinite().all())]
 
 
 def state_specs(model: LanguageModel) -> tuple[TensorSpec, ...]:

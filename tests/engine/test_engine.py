@@ -11,6 +11,7 @@ import torch
 from nested_runtime.core import FinishReason, SamplingParams, Sequence, TokenEvent
 from nested_runtime.engine.engine import Engine
 from nested_runtime.errors import Overloaded, RequestError, StateError, UpdateDiverged
+from nested_runtime.state.snapshot import state_digest
 
 POISON, CRASH = 38, 39
 
@@ -274,6 +275,24 @@ def test_logprobs_come_with_every_token(counter: Any) -> None:
         assert event.logprobs is not None
         assert event.logprobs.token == event.token
         assert event.logprobs.top[0] == (event.token, event.logprobs.logprob)
+
+
+def test_a_memoryless_reply_is_the_same_before_and_after_traffic(build_model: Any) -> None:
+    """P1, on the bits: nothing of other sequences stays behind."""
+    engine = Engine(build_model("hope", torch.float32), capacity=3)
+    outcomes = []
+    for _ in range(3):
+        engine.submit(ask("probe", [5, 6, 7], max_tokens=20, keep_state=True))
+        last = run(engine)["probe"][-1]
+        assert last.result is not None
+        outcomes.append(state_digest(last.result.state))
+        for index in range(5):
+            engine.submit(ask(f"traffic {index}", [index] * 40, temperature=1.0, keep_state=True))
+        for _ in range(3):
+            engine.step()
+        engine.abort("traffic 1")
+        run(engine)
+    assert len(set(outcomes)) == 1
 
 
 def test_queue_limit_counts_free_slots(counter: Any) -> None:

@@ -13,27 +13,32 @@ from hypothesis import strategies as st
 
 from nested_runtime.core import SamplingParams
 from nested_runtime.errors import RequestError
-from nested_runtime.sampling import Chooser, choose, token_logprobs, validate
+from nested_runtime.sampling import Chooser, _truncate, choose, token_logprobs, validate
 
-LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.5, -1.0, -3.0])
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.4, -1.0, -3.0])
 VOCAB = len(LOGITS)
 
 
-def expected_distribution(params: SamplingParams) -> torch.Tensor:
+def kept_by_definition(weights: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Written from the definitions, one token at a time."""
-    p = (LOGITS.double() / params.temperature).softmax(0)
-    order = sorted(range(VOCAB), key=lambda i: -float(p[i]))
-    kept = [i for i in order if float(p[i]) >= params.min_p * float(p.max())]
+    p: list[float] = weights.tolist()
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    kept = [i for i in order if p[i] >= params.min_p * max(p)]
     kept = kept[: params.top_k] if params.top_k else kept
-    total = sum(float(p[i]) for i in kept)
-    nucleus: list[int] = []
+    total, mass, nucleus = sum(p[i] for i in kept), 0.0, []
     for i in kept:
-        if nucleus and sum(float(p[j]) for j in nucleus) / total >= params.top_p:
+        if nucleus and params.top_p < 1 and mass / total >= params.top_p:
             break
         nucleus.append(i)
-    result = torch.zeros(VOCAB, dtype=torch.float64)
-    result[nucleus] = p[nucleus]
-    return result / result.sum()
+        mass += p[i]
+    result = torch.zeros_like(weights)
+    result[nucleus] = weights[nucleus]
+    return result
+
+
+def expected_distribution(params: SamplingParams) -> torch.Tensor:
+    kept = kept_by_definition((LOGITS.double() / params.temperature).softmax(0), params)
+    return kept / kept.sum()
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,19 @@ def test_samples_follow_the_closed_form(options: dict[str, Any]) -> None:
     assert torch.equal(found > 0, (expected > 0) & (found > 0)), "a dropped token was sampled"
     # five standard deviations of a binomial
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize("top_k", [0, 3, 64, 100, 500])
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.99, 1.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("sharpness", [0.1, 3.0])
+def test_truncation_of_a_larger_vocabulary(top_k: int, top_p: float, min_p: float, sharpness: float) -> None:
+    """Flat and sharp distributions over more tokens than are looked at first, in one batch with an easy row."""
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(3)) * sharpness
+    weights = logits.double().softmax(0)
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    (found, _) = _truncate(torch.stack([weights, weights]), [params, SamplingParams(top_k=1)])
+    assert torch.equal(found, kept_by_definition(weights, params))
 
 
 def test_greedy_takes_the_first_maximum_and_needs_no_generator() -> None:
@@ -95,9 +113,9 @@ def test_without_seed_runs_differ() -> None:
 PARAMS = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
-    top_k=st.integers(0, 6),
-    top_p=st.floats(0, 1),
-    min_p=st.floats(0, 1),
+    top_k=st.sampled_from([0, 0, 0, 2, 6]),
+    top_p=st.sampled_from([1.0, 1.0, 1.0, 0.6]),
+    min_p=st.sampled_from([0.0, 0.0, 0.0, 0.3]),
     presence_penalty=st.floats(-2, 2),
     frequency_penalty=st.floats(-2, 2),
     repetition_penalty=st.sampled_from([1.0, 0.8, 1.3]),
@@ -130,10 +148,10 @@ def edited(params: SamplingParams, prompt: list[int], output: list[int]) -> list
 
 def test_penalties_and_bias_follow_their_definitions() -> None:
     counted = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    assert edited(counted, [0], [1, 1, 4]) == [2.0, 1.0 - 0.5 - 0.5, 0.5, 0.5, -1.0 - 0.75, -3.0]
+    assert edited(counted, [0], [1, 1, 4]) == [2.0, 1.0 - 0.5 - 0.5, *LOGITS.tolist()[2:4], -1.0 - 0.75, -3.0]
     repeated = SamplingParams(repetition_penalty=2.0)
-    assert edited(repeated, [0], [4, 4]) == [1.0, 1.0, 0.5, 0.5, -2.0, -3.0]
-    assert edited(SamplingParams(logit_bias={2: 10.0, 0: -1.0}), [], []) == [1.0, 1.0, 10.5, 0.5, -1.0, -3.0]
+    assert edited(repeated, [0], [4, 4]) == [1.0, 1.0, *LOGITS.tolist()[2:4], -2.0, -3.0]
+    assert edited(SamplingParams(logit_bias={2: 10.0, 0: -1.0}), [], []) == [1.0, 1.0, 10.5, *LOGITS.tolist()[3:]]
 
 
 def test_ends_are_suppressed_until_min_tokens() -> None:

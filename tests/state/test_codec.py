@@ -204,6 +204,21 @@ def test_refusals_say_what(blob: bytes, message: str) -> None:
         decode(blob, SPECS, "model-1", BINDING)
 
 
+def test_a_key_given_twice_is_refused() -> None:
+    (size,) = struct.unpack("<Q", BLOB[:8])
+    raw = BLOB[8 : 8 + size].replace(b'"m.scalar":', b'"m.anchor":{},"m.scalar":', 1).rstrip()
+    raw = raw.replace(read_checksum().encode(), b"0" * 64)
+    raw = raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1)
+    with pytest.raises(StateError, match="not JSON"):
+        decode(struct.pack("<Q", len(raw)) + raw + BLOB[8 + size :], SPECS, "model-1", BINDING)
+
+
+def read_checksum() -> str:
+    (size,) = struct.unpack("<Q", BLOB[:8])
+    checksum: str = json.loads(BLOB[8 : 8 + size])["__metadata__"]["checksum"]
+    return checksum
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_tensors_are_neither_written_nor_read(value: float) -> None:
     specs = (TensorSpec("x", (2,)),)
