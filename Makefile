@@ -10,7 +10,6 @@ ARGS ?=#              passed on: make run ARGS="--port 9000", make test ARGS="-k
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
-PYTHON_FILES := nested_runtime server clients tests benchmarks
 
 .PHONY: help
 help: ## this list
@@ -45,14 +44,14 @@ demo: $(VENV)/.installed-serve ## teach six facts, SIGKILL, restart, ask again
 
 .PHONY: fmt
 fmt: venv ## format and apply safe fixes
-	@$(BIN)/ruff check --fix --quiet $(PYTHON_FILES) || true
-	@$(BIN)/ruff format $(PYTHON_FILES)
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
 
 .PHONY: lint
 lint: venv ## ruff: rules and formatting; import contracts
-	@$(BIN)/ruff check $(PYTHON_FILES)
-	@$(BIN)/ruff format --check $(PYTHON_FILES)
-	@$(BIN)/lint-imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo
 
 .PHONY: types
 types: venv ## mypy --strict

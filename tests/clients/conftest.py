@@ -166,4 +166,4 @@ def call(connect: Callable[..., Caller], url: str) -> Caller:
 @pytest.fixture
 def new_id() -> Callable[[], str]:
     """Session ids that no other test uses."""
-    return lambda: f"s-{uuid.uuid4().hex[:12]}"
+    return lambda: f"s_{uuid.uuid4().hex[:12]}"
