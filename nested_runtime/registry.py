@@ -46,7 +46,10 @@ class Registry:
 
 RULES = Registry(
     "update rule",
-    {"self-modifying": "nested_runtime.memory.self_modifying:SelfModifying"},
+    {
+        "self-modifying": "nested_runtime.memory.self_modifying:SelfModifying",
+        "sliding-attention": "nested_runtime.memory.attention:SlidingAttention",
+    },
 )
 FAMILIES = Registry(
     "model family",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class LevelClock:
 
     def __init__(self, levels: Sequence[Level]) -> None:
         chunks = [level.chunk for level in levels if level.chunk]
-        for fast, slow in zip(chunks, chunks[1:], strict=False):
+        for fast, slow in pairwise(chunks):
             if slow % fast:
                 raise ConfigError(f"levels: chunk {fast} does not divide the next level's chunk {slow}")
         self.levels = tuple(levels)

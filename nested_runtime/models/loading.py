@@ -47,7 +47,9 @@ def resolve(name: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     shipped = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
-    raise CheckpointError(f"unknown model {name!r}: no such folder with a config.json; shipped: {', '.join(shipped) or 'none'}")
+    raise CheckpointError(
+        f"unknown model {name!r}: no such folder with a config.json; shipped: {', '.join(shipped) or 'none'}"
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -72,7 +74,9 @@ def _read_weights(path: Path, model: LanguageModel) -> None:
         raise CheckpointError(f"{path}: missing tensors {missing or 'none'}; unexpected tensors {extra or 'none'}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
+            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds non-finite values")
     model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
