@@ -303,8 +303,8 @@ def _address(base_url: str | None, api_key: str | None) -> tuple[str, dict[str, 
 
 
 def _session_id(id: str) -> str:
-    if not id or len(id) > 256 or not id.isprintable():
-        raise ConfigError(f"session id {id[:40]!r} is refused: use 1 to 256 printable characters")
+    if not id or len(id) > 256 or not id.isprintable() or id in {".", ".."}:  # dots would be resolved as a path
+        raise ConfigError(f"session id {id[:40]!r} is refused: use 1 to 256 printable characters, not only . or ..")
     return id
 
 
@@ -321,7 +321,9 @@ def _parse(kind: type[M], answer: Any) -> M:
     try:
         return kind.model_validate(answer)
     except ValidationError as error:
-        raise ProtocolError(f"the server's answer is not a {kind.__name__}: {error}") from None
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "it"
+        raise ProtocolError(f"the server's answer is not a {kind.__name__}: {field}: {first['msg']}") from None
 
 
 def _parse_list(kind: type[M], answer: Any) -> list[M]:

@@ -170,7 +170,9 @@ def test_delete_leaves_nothing(call: Any, new_id: NewId) -> None:
         call(session.info())
 
 
-@pytest.mark.parametrize("id", ["user@example.org", "Zoë · 日本", "50% off?", "a b", "x" * 256, "#1&2=3+4"])
+@pytest.mark.parametrize(
+    "id", ["user@example.org", "Zoë · 日本", "50% off?", "a b", "x" * 256, "#1&2=3+4", "a/b", "%2F"]
+)
 def test_any_printable_id_is_one_session(call: Any, id: str) -> None:
     session = call.client.session(id)
     turn = call(session.chat("hello", **GREEDY)).session
@@ -178,7 +180,7 @@ def test_any_printable_id_is_one_session(call: Any, id: str) -> None:
     call(session.delete())
 
 
-@pytest.mark.parametrize("id", ["", "x" * 257, "two\nlines", "bell\a"])
+@pytest.mark.parametrize("id", ["", ".", "..", "x" * 257, "two\nlines", "bell\a"])
 def test_impossible_ids_are_refused_before_anything_is_sent(call: Any, id: str) -> None:
     with pytest.raises(ConfigError):
         call.client.session(id)
