@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Annotated
+from urllib.parse import unquote
 
 from fastapi import Depends, Header, Request
 
-from nested_runtime.errors import NotFound, RequestError
+from nested_runtime.errors import NotFound, Overloaded, RequestError
 from nested_runtime.sessions import Runtime, ServedModel, SessionManager, Vault
 from nested_runtime.store.base import SessionKey, StateStore
 
@@ -45,6 +46,13 @@ class Service:
     admin_keys: Keys
     started: int = 0  # seconds since the epoch
     ready: bool = False
+
+    def admit(self) -> None:
+        """Refuse new turns while the server shuts down."""
+        if not self.ready:
+            refusal = Overloaded("the server is shutting down; retry later, perhaps elsewhere", retry_after=5.0)
+            refusal.code = "shutting_down"
+            raise refusal
 
     @property
     def shown_store(self) -> str:
@@ -97,6 +105,11 @@ def session_key(request: Request, in_body: str | None) -> SessionKey | None:
     return None if name is None else named_session(request, name)
 
 
+def session_of_path(request: Request, id: str) -> SessionKey:
+    """The session of a path, where the middleware left %2F and %25 as they were."""
+    return named_session(request, unquote(id))
+
+
 def named_session(request: Request, id: str) -> SessionKey:
     """The session of that id of the calling tenant, noted for the log."""
     request.scope["state"]["session"] = id
@@ -113,7 +126,7 @@ def expected_version(if_match: Annotated[str | None, Header()] = None) -> int | 
     return int(text)
 
 
-Named = Annotated[SessionKey, Depends(named_session)]
+Named = Annotated[SessionKey, Depends(session_of_path)]
 Expected = Annotated[int | None, Depends(expected_version)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,7 @@ BY_CODE = {"idempotency_key_reused": 422, "shutting_down": 503}
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 RETRY_SECONDS = 2
+TYPE_TAG = re.compile(r"(str|int|float|bool|list\[.*|dict\[.*)$")
 
 
 def status_of(error: BaseException) -> int:
@@ -93,7 +95,8 @@ def error_response(error: BaseException, headers: Mapping[str, str] | None = Non
 
 def _invalid(error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
-    place = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path", "header")]
+    place = [str(part) for part in first.get("loc", ())[1:]]
+    place = place[: next((i for i, part in enumerate(place) if TYPE_TAG.match(part)), None)]  # members of a union
     if first.get("type") == "json_invalid":
         return JSONResponse(
             error_body(
@@ -121,7 +124,9 @@ def _shown(value: object) -> str:
 def install(app: FastAPI) -> None:
     """Answer every exception in OpenAI's shape."""
 
-    async def on_nested(_request: Request, error: Exception) -> JSONResponse:
+    async def on_nested(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, Conflict | StateMismatch):
+            request.app.state.service.metrics.conflicts.labels(error.code).inc()
         if status_of(error) >= 500:
             logger.error("request failed: %s", error, exc_info=error)
         return error_response(error)

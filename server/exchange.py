@@ -101,6 +101,7 @@ class Exchange:
 
     async def answer(self, turns: Sequence[Turn]) -> Response:
         """Run the turns and reply."""
+        self.service.admit()
         key, digest = await self._idempotency()
         learns = self.session is not None and self.body.memory.learn != "off"
         cached = None

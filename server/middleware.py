@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from urllib.parse import unquote
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -52,6 +53,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        scope["path"] = _kept_slashes(scope)
         request_id = _request_id(headers.get(b"x-request-id", b"").decode("latin-1"))
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, tenant=DEFAULT_TENANT)
@@ -80,15 +82,14 @@ class Gate:
         if path in OPEN:
             return None
         key = bearer(headers)
-        if path == "/admin" or path.startswith("/admin/"):
-            if not self._admin_keys:
-                return HTTPException(404, "the admin API is off; start the server with --admin-key-file")
+        is_admin = path == "/admin" or path.startswith("/admin/")
+        if is_admin and self._admin_keys:
             return None if self._admin_keys.tenant(key) else _unauthorized("the admin key")
-        if not self._keys:
-            return None
-        tenant = self._keys.tenant(key)
+        tenant = self._keys.tenant(key) if self._keys else DEFAULT_TENANT
         if tenant is None:
             return _unauthorized("an API key")
+        if is_admin:
+            return HTTPException(404, "the admin API is off; start the server with --admin-key-file")
         scope["state"]["tenant"] = tenant
         return None
 
@@ -127,6 +128,15 @@ class Gate:
         if self._log_ids or not name:
             return repr(name)
         return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def _kept_slashes(scope: Scope) -> str:
+    """The decoded path, except that %2F stays: a session id may hold a slash (deps.py decodes it)."""
+    raw: bytes = scope.get("raw_path") or b""
+    if b"/sessions/" not in raw or b"%" not in raw:
+        return str(scope["path"])
+    text = raw.decode("latin-1").replace("%25", "%2525").replace("%2F", "%252F").replace("%2f", "%252F")
+    return unquote(text)
 
 
 def _path(scope: Scope) -> str:

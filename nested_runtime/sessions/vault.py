@@ -182,6 +182,11 @@ class Vault:
         self.residents.forget((key.tenant, key.session))
         self._used.discard(key)
 
+    def forget_tenant(self, tenant: str | None) -> int:
+        """Drop the resident copies of a tenant, or all; how many."""
+        self._used = {key for key in self._used if tenant is not None and key.tenant != tenant}
+        return self.residents.forget(() if tenant is None else (tenant,))
+
     async def forget_deleted(self) -> None:
         """Drop resident copies of sessions that another server deleted."""
         for key in list(self._used):

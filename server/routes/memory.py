@@ -124,6 +124,7 @@ async def fork_session(key: Named, service: ServiceDep, caller: CallerDep, body:
 @router.post("/{id}/learn")
 async def learn(key: Named, service: ServiceDep, expected: Expected, body: LearnRequest) -> JSONResponse:
     """Absorb text or messages without answering."""
+    service.admit()
     if (body.text is None) == (body.messages is None):
         raise RequestError("give either text or messages to learn", param="text")
     if body.messages is not None:

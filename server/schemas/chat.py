@@ -15,7 +15,7 @@ from nested_runtime.tokenizer import Tokenizer
 
 from .common import Generation, Strict, session_body
 
-__all__ = ["ChatReply", "ChatRequest", "Message", "text_of"]
+__all__ = ["ChatReply", "ChatRequest", "Message", "prompt_logprobs", "text_of", "usage"]
 
 
 class Part(Strict):
@@ -135,7 +135,7 @@ class ChatReply:
             **self._head("chat.completion"),
             "choices": choices,
             "usage": usage(finished),
-            **_prompt_logprobs(finished[0], self.tokenizer),
+            **prompt_logprobs(finished[0], self.tokenizer),
             **session_body(finished[0].session),
         }
 
@@ -186,7 +186,7 @@ def usage(finished: Sequence[Finished]) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _prompt_logprobs(finished: Finished, tokenizer: Tokenizer) -> dict[str, Any]:
+def prompt_logprobs(finished: Finished, tokenizer: Tokenizer) -> dict[str, Any]:
     """vLLM's prompt_logprobs: per prompt token a mapping of token id to logprob, rank and text."""
     if finished.prompt_logprobs is None:
         return {}

@@ -21,6 +21,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -61,6 +62,7 @@ class Running:
     url: str
     service: Service
     loop: asyncio.AbstractEventLoop
+    app: FastAPI
 
     def client(self, **kwargs: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30.0, **kwargs)
@@ -76,13 +78,14 @@ def served(settings: Settings) -> Iterator[Running]:
     service = assemble(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     started: list[Running] = []
-    config = uvicorn.Config(create_app(service), lifespan="off", log_config=None, access_log=False)
+    app = create_app(service)
+    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
 
     async def main() -> None:
         async with running(service):
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            started.append(Running(url, service, asyncio.get_running_loop()))
+            started.append(Running(url, service, asyncio.get_running_loop(), app))
             await server.serve(sockets=[listener])
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
@@ -133,7 +136,7 @@ def client(server: Running) -> Iterator[httpx.Client]:
         yield http
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve() -> Callable[[Settings], Any]:
     return served
 
@@ -175,7 +178,7 @@ class Process:
             self._process = subprocess.Popen(command, cwd=ROOT, stderr=log, env=environment)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self._process.poll() is None:
-            found = re.search(r" on (http\S+),", self._log.read_text())
+            found = re.search(r" on (\S+),", self._log.read_text())
             if found:
                 self.url = found[1]
                 return self

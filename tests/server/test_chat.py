@@ -68,9 +68,7 @@ def test_the_body_names_a_session_too(client: httpx.Client, chat: Chat) -> None:
 
 def test_a_stream_has_the_shape_clients_expect(client: httpx.Client, chat: Chat) -> None:
     whole = text(chat(client, "hello", max_tokens=24))
-    reply = chat(
-        client, "hello", session="stream", max_tokens=24, stream=True, stream_options={"include_usage": True}
-    )
+    reply = chat(client, "hello", session="stream", max_tokens=24, stream=True, stream_options={"include_usage": True})
     assert reply.headers["content-type"].startswith("text/event-stream")
     chunks = events(reply)
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
