@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as _Backend
 
 from nested_runtime.errors import CheckpointError, RequestError
@@ -29,9 +30,13 @@ class Tokenizer:
         ids = [backend.token_to_id(token) for token in SPECIAL]
         if ids != list(range(len(SPECIAL))):
             raise CheckpointError(f"tokenizer.json: special tokens {SPECIAL} must have ids 0-4, found {ids}")
-        self.vocab_size: int = backend.get_vocab_size()
-        self.end_id = ids[SPECIAL.index(END)]
-        self.special_ids = frozenset(ids)
+        vocabulary: dict[str, int] = backend.get_vocab()
+        foreign = [entry for entry in vocabulary if entry not in SPECIAL and not BYTE_OF.keys() >= set(entry)]
+        if foreign:
+            raise CheckpointError(f"tokenizer.json: {min(foreign)!r} is not a byte-level entry; use a byte-level BPE")
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps; the model needs a row for the highest
+        self.end_id = SPECIAL.index(END)
+        self.special_ids = frozenset(range(len(SPECIAL)))
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -43,22 +48,30 @@ class Tokenizer:
             raise CheckpointError(f"{path} is missing; a model folder needs it") from None
         except CheckpointError:
             raise
-        except Exception as error:  # the library raises bare Exception on malformed files
+        except Exception as error:  # noqa: BLE001  # the library raises bare Exception on malformed files
             raise CheckpointError(f"{path} is not a tokenizer file: {error}") from None
 
     def save(self, folder: str | Path) -> None:
         """Write `folder/tokenizer.json`."""
-        (Path(folder) / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        part = Path(folder) / "tokenizer.part"
+        part.write_text(self._backend.to_str(), encoding="utf-8")
+        part.replace(Path(folder) / "tokenizer.json")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text. Text that spells a special token is encoded as text, never as that token."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encoding(text).ids
         return ids
 
     def encode_offsets(self, text: str) -> list[tuple[int, int]]:
         """Token ids of plain text, each with the character offset where it ends."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return [(i, end) for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def _encoding(self, text: str) -> Encoding:
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise RequestError(f"text is not valid Unicode (a lone surrogate?): {text[:40]!a}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""

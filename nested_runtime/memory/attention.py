@@ -46,12 +46,12 @@ class SlidingAttention(UpdateRule):
     def scan(self, x: torch.Tensor, state: State, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `UpdateRule.scan`."""
         at = torch.arange(position, position + x.shape[1], device=x.device)
-        q, k, v = linear(x, self.w_in).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = linear(x, self.w_in).view(*x.shape[:2], 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, at), rotate(k, at)
         new = torch.stack([k, v], dim=1)
-        keys, values = torch.cat([state["ring"].to(x.dtype), new], dim=3).unbind(1)
+        keys, values = torch.cat([state["ring"].to(v.dtype), new], dim=3).unbind(1)
         mask = self._visible(state["filled"], at)
-        out = scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask)
+        out = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return linear(out.transpose(1, 2).flatten(2), self.w_out), self._store(state, new, at)
 
     def _visible(self, filled: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

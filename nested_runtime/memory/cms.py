@@ -32,6 +32,11 @@ class LevelClock:
     """Which levels are due at a session position. Levels are ordered fastest first; C_l divides C_{l+1}."""
 
     def __init__(self, levels: Sequence[Level]) -> None:
+        for level in levels:
+            if level.chunk < 0:
+                raise ConfigError(
+                    f"levels.{level.name}.chunk must be 0 (never) or a number of tokens, got {level.chunk}"
+                )
         chunks = [level.chunk for level in levels if level.chunk]
         for fast, slow in pairwise(chunks):
             if slow % fast:
@@ -53,6 +58,8 @@ class ContinuumMemory(nn.Module):
 
     def __init__(self, dim: int, levels: Sequence[Level]) -> None:
         super().__init__()
+        if not levels:
+            raise ConfigError("levels is empty; a chain needs at least one level (a static one has chunk 0)")
         for level in levels:
             if level.hidden < 1:
                 raise ConfigError(f"levels.{level.name}.hidden must be at least 1, got {level.hidden}")

@@ -3,7 +3,7 @@
 All five memories of a head share k_t, eta_t and alpha_t, so they are one gated delta rule with a (3K+2) x K state.
 Slow weights project the block input to three streams; a causal depthwise convolution of width 4 gives x^q, x^k, x^v,
 which the fast memories map to k, v, eta, alpha and the read. The session's state is the deviation X from the learned
-start B (retain="start"), so the fresh state is zero. Equations: `kernels/delta_rule/reference.py`.
+start B, so the fresh state is zero at any position. Equations: `kernels/delta_rule/reference.py`.
 """
 
 from __future__ import annotations
@@ -77,30 +77,32 @@ class SelfModifying(UpdateRule):
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [.., D] -> streams before the convolution [.., 3HK], output gate [.., HK], gate logits [.., 2, H]."""
         inner = self.heads * self.head_dim
-        streams, gate, logits = linear(x, self.w_in).split([3 * inner, inner, 2 * self.heads], dim=-1)
-        logits = logits.to(self.gate_bias.dtype).unflatten(-1, (2, self.heads)) + self.gate_bias
-        return streams, gate, logits
+        projected = linear(x, self.w_in)
+        streams, gate, logits = torch.split(projected, [3 * inner, inner, 2 * self.heads], dim=-1)
+        return streams, gate, logits.to(self.gate_bias.dtype).view(*x.shape[:-1], 2, self.heads) + self.gate_bias
 
     def finish(self, read: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Per-head RMS norm of the read [.., H, K], gated, projected back to [.., D]."""
-        normed = rms_norm(read, (self.head_dim,), self.norm, eps=1e-6).flatten(-2).to(gate.dtype)
+        normed = rms_norm(read, (self.head_dim,), self.norm.to(read.dtype), eps=1e-6).flatten(-2).to(gate.dtype)
         return linear(normed * silu(gate), self.w_out)
 
     def scan(self, x: torch.Tensor, state: State, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `UpdateRule.scan`. Whole chunks take the chunk form, the ends the segment form."""
         streams, gate, logits = self.project(x)
         mixed, window = short_conv(streams, state["window"], self.conv)
-        xq, xk, xv = mixed.to(self.base.dtype).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
-        inputs = (xq, xk, xv, logits[..., 0, :], logits[..., 1, :])
         fast = DeltaState(*(state[n] for n in DeltaState._fields))
-        if self.options.retain == "zero" and position == 0:
-            fast = fast._replace(anchor=self.base.expand_as(fast.anchor))
-        read, fast = self._scan_fast(inputs, fast, position)
-        return self.finish(read, gate), {**fast._asdict(), "window": window}
+        dtype = fast.anchor.dtype
+        xq, xk, xv = mixed.to(dtype).view(*x.shape[:2], 3, self.heads, self.head_dim).unbind(2)
+        inputs = (xq, xk, xv, logits[..., 0, :].to(dtype), logits[..., 1, :].to(dtype))
+        # The kernels decay X towards zero: with retain="zero" that must be M itself, not its deviation.
+        shift = self.base.to(dtype) if self.options.retain == "zero" else 0.0
+        read, fast = self._scan_fast(inputs, fast._replace(anchor=fast.anchor + shift), position)
+        return self.finish(read, gate), {**fast._asdict(), "anchor": fast.anchor - shift, "window": window}
 
     def _scan_fast(
         self, inputs: tuple[torch.Tensor, ...], state: DeltaState, position: int
     ) -> tuple[torch.Tensor, DeltaState]:
+        base, rates = self.base.to(inputs[0].dtype), self.row_rates().to(inputs[0].dtype)
         chunk, length = self.options.chunk, inputs[0].shape[1]
         outs, begin = [], 0
         while begin < length:
@@ -108,25 +110,25 @@ class SelfModifying(UpdateRule):
             whole = (length - begin) // chunk * chunk
             if done == 0 and whole:
                 end = begin + whole
-                out, anchor = chunk_scan(
-                    *(t[:, begin:end] for t in inputs), self.base, self.row_rates(), state.anchor, self.options
-                )  # fmt: skip
+                q, k, v, e, a = (t[:, begin:end] for t in inputs)
+                out, anchor = chunk_scan(q, k, v, e, a, base, rates, state.anchor, self.options)
                 state = state._replace(anchor=anchor)
             else:
                 end = min(begin + chunk - done, length)
-                out, state = self._segment(tuple(t[:, begin:end] for t in inputs), state, done)
+                out, state = self._segment(tuple(t[:, begin:end] for t in inputs), base, rates, state, done)
             outs.append(out)
             begin = end
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), state
 
     def _segment(
-        self, inputs: tuple[torch.Tensor, ...], state: DeltaState, done: int
+        self, inputs: tuple[torch.Tensor, ...], base: torch.Tensor, rates: torch.Tensor, state: DeltaState, done: int
     ) -> tuple[torch.Tensor, DeltaState]:
         batch = inputs[0].shape[0]
         xq, xk, xv, eta, alpha = (t.transpose(1, 2).flatten(0, 1) for t in inputs)
-        start = self.base if self.options.retain == "start" else torch.zeros_like(self.base)
-        start, rates = start.repeat(batch, 1, 1), self.row_rates().repeat(batch, 1)
+        start = base if self.options.retain == "start" else torch.zeros_like(base)
         flat = DeltaState(*(t.flatten(0, 1) for t in state))
-        out, flat = segment(xq, xk, xv, eta, alpha, start, rates, flat, done, self.options)
-        shape = (batch, self.heads)
-        return out.unflatten(0, shape).transpose(1, 2), DeltaState(*(t.unflatten(0, shape) for t in flat))
+        out, flat = segment(
+            xq, xk, xv, eta, alpha, start.repeat(batch, 1, 1), rates.repeat(batch, 1), flat, done, self.options
+        )  # fmt: skip
+        new = DeltaState(*(t.view(batch, self.heads, *t.shape[1:]) for t in flat))
+        return out.view(batch, self.heads, *out.shape[1:]).transpose(1, 2), new

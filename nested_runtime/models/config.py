@@ -12,7 +12,18 @@ from nested_runtime.errors import ConfigError
 __all__ = ["from_fields"]
 
 T = TypeVar("T")
-POSITIVE = ("vocab_size", "dim", "blocks", "heads", "head_dim", "chunk", "conv_width", "mlp_ratio", "window")
+POSITIVE = (
+    "vocab_size",
+    "dim",
+    "blocks",
+    "heads",
+    "head_dim",
+    "chunk",
+    "conv_width",
+    "mlp_ratio",
+    "window",
+    "max_context",
+)
 
 
 def from_fields(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -34,6 +45,8 @@ def from_fields(kind: type[T], values: Mapping[str, Any]) -> T:
 def _check(name: str, value: Any, hint: Any) -> None:
     allowed = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
     plain = tuple(get_origin(t) or t for t in allowed)
+    if float in plain:
+        plain += (int,)  # JSON writes 1.0 as 1 as often as not
     if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
         raise ConfigError(f"config field {name!r} must be {hint}, got {value!r}")
     if name in POSITIVE and isinstance(value, int) and value < 1:

@@ -73,6 +73,8 @@ def _read_weights(path: Path, model: LanguageModel) -> None:
     if missing or extra:
         raise CheckpointError(f"{path}: missing tensors {missing or 'none'}; unexpected tensors {extra or 'none'}")
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} has type {tensor.dtype}, expected a floating-point type")
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"{path}: {name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
@@ -115,9 +117,10 @@ def save_model(
     """Write a model folder; every file is replaced as a whole."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    part = folder / "model.part"
+    part = folder / "part"
     save_file(tensors, part)
     part.replace(folder / "model.safetensors")
     config = {"family": family, **({"name": name} if name else {}), **model.to_config()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    part.replace(folder / "config.json")
     tokenizer.save(folder)

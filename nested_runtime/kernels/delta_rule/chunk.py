@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from nested_runtime.kernels.delta_rule.layout import ETA_MAX, NORM_EPS, RuleOptions, rows
@@ -213,14 +214,14 @@ def _backward(
 def _chunks(x: torch.Tensor, chunk: int) -> list[torch.Tensor]:
     """[B, T, H, ...] -> list over chunks of [B*H, n, ...], contiguous."""
     B, _, H = x.shape[:3]
-    return [c.transpose(1, 2).reshape(B * H, c.shape[1], *x.shape[3:]) for c in x.split(chunk, dim=1)]
+    return [c.transpose(1, 2).reshape(B * H, c.shape[1], *x.shape[3:]) for c in torch.split(x, chunk, dim=1)]
 
 
 def _unchunk(parts: list[torch.Tensor], batch: int) -> torch.Tensor:
     """Inverse of `_chunks`."""
     heads, length = parts[0].shape[0] // batch, sum(p.shape[1] for p in parts)
     out = parts[0].new_empty(batch, length, heads, *parts[0].shape[2:])
-    for part, target in zip(parts, out.split(parts[0].shape[1], dim=1), strict=True):
+    for part, target in zip(parts, torch.split(out, parts[0].shape[1], dim=1), strict=True):
         target.copy_(part.view(batch, heads, *part.shape[1:]).transpose(1, 2))
     return out
 
@@ -230,6 +231,7 @@ class ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chunk after chunk; what the backward needs is kept where something needs a gradient."""
         *inputs, base, rates, X, options = args
         B, T, H, dim = inputs[0].shape
         n = min(options.chunk, T)
@@ -240,20 +242,23 @@ class ChunkScan(torch.autograd.Function):
         row_rates = rates.repeat(B, 1)[:, None, :]
         X = X.reshape(B * H, *X.shape[2:])
         saved, outs = [], []
-        for parts in zip(*(_chunks(x, options.chunk) for x in inputs), strict=True):
-            m = parts[0].shape[1]
+        for xq, xk, xv, e, a in zip(*(_chunks(x, options.chunk) for x in inputs), strict=True):
+            m = xq.shape[1]
             M = (X.view(B, H, *X.shape[1:]) + start).view_as(X)
             out, X, keep = _forward(
-                *parts, X, M, start_mem, row_rates, strict[:m, :m], inclusive[:m, :m], options
+                xq, xk, xv, e, a, X, M, start_mem, row_rates, strict[:m, :m], inclusive[:m, :m], options
             )  # fmt: skip
             outs.append(out)
-            saved.append(keep)
+            if any(ctx.needs_input_grad):
+                saved.append(keep)
         ctx.saved, ctx.options, ctx.batch = saved, options, B
         ctx.start_mem, ctx.row_rates, ctx.dim = start_mem, row_rates, dim
         return _unchunk(outs, B), X.view(B, H, *X.shape[1:])
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative must fail, not be wrong
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """The chunks from last to first, carrying the gradient of the state."""
         dout, dX = grads
         B, options = ctx.batch, ctx.options
         H = dout.shape[2]
@@ -270,7 +275,7 @@ class ChunkScan(torch.autograd.Function):
             dX = g.X.add_(g.M)
             out.append(g)
         out.reverse()
-        d_inputs = [_unchunk([g[i] for g in out], B) for i in range(5)]
+        d_inputs = [_unchunk(list(parts), B) for parts in zip(*(g[:5] for g in out), strict=True)]
         d_base = d_start.view(B, H, *dX.shape[1:]).sum(0) if options.retain == "start" else None
         return *d_inputs, d_base, d_rates.view(B, H, -1).sum(0), dX.view(B, H, *dX.shape[1:]), None
 
@@ -293,5 +298,7 @@ def chunk_scan(
     then left unfinished: only valid when nothing follows).
     """
     with torch.autocast(xq.device.type, enabled=False):  # memories stay in their own precision
-        out, new = ChunkScan.apply(xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options)
+        out, new = ChunkScan.apply(  # type: ignore[no-untyped-call]
+            xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options
+        )
     return out, new

@@ -1,6 +1,6 @@
 """Causal depthwise convolution of width W with a carried window, then SiLU: the torch path, differentiable.
 
-    y_t,c = silu(sum_i w_i,c x_{t-W+1+i},c)         window = the W-1 inputs before the first token (zeros when fresh)
+y_t,c = silu(sum_i w_i,c x_{t-W+1+i},c)         window = the W-1 inputs before the first token (zeros when fresh)
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 __all__ = ["short_conv"]
@@ -27,6 +28,7 @@ class _Conv(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative must fail, not be wrong
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (d_out,) = grads
         padded, weight = ctx.saved_tensors
@@ -42,5 +44,5 @@ class _Conv(torch.autograd.Function):
 def short_conv(x: torch.Tensor, window: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [B, T, F], window [B, W-1, F], weight [W, F] -> y [B, T, F], the next window [B, W-1, F]."""
     padded = torch.cat([window.to(x.dtype), x], dim=1)
-    out = _Conv.apply(padded, weight.to(x.dtype))
+    out: torch.Tensor = _Conv.apply(padded, weight.to(x.dtype))  # type: ignore[no-untyped-call]
     return silu(out), padded[:, x.shape[1] :].to(window.dtype)
