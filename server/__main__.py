@@ -21,7 +21,7 @@ from .deps import Service
 from .options import parse
 from .settings import Settings
 
-__all__ = ["main"]
+__all__ = ["listening", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(settings: Settings, service: Service) -> None:
-    with _listener(settings) as listener:
+    with listening(settings) as listener:
         async with running(service):
             config = uvicorn.Config(
                 create_app(service),
@@ -70,7 +70,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _listener(settings: Settings) -> Iterator[socket.socket]:
+def listening(settings: Settings) -> Iterator[socket.socket]:
     """The bound socket; a Unix socket's file is removed at the end."""
     where = settings.uds or f"{settings.host}:{settings.port}"
     try:

@@ -97,6 +97,9 @@ class Exchange:
     build: Callable[[Sequence[Finished]], dict[str, Any]]
     chunks: Chunks
     event_names: bool = False  # the Responses API names its events
+    answer_key: str | None = None  # store the answer under this key, whether the caller sent one or not
+    wrap: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: body  # what is stored of a body
+    unwrap: Callable[[dict[str, Any]], dict[str, Any]] = lambda stored: stored  # its inverse
     began: float = field(default_factory=time.perf_counter)
 
     async def answer(self, turns: Sequence[Turn]) -> Response:
@@ -106,7 +109,7 @@ class Exchange:
         learns = self.session is not None and self.body.memory.learn != "off"
         cached = None
         if key is not None and learns:
-            turns = [replace(turns[0], answer=Answer(key, digest, lambda one: orjson.dumps(self.build([one]))))]
+            turns = [replace(turns[0], answer=Answer(key, digest, self._rendered))]
         elif key is not None:
             cached = self.service.answers.begin(self.caller.tenant, key, digest)
         if cached is not None:
@@ -118,6 +121,9 @@ class Exchange:
         except BaseException:
             self._remember(remember, None)
             raise
+
+    def _rendered(self, finished: Finished) -> bytes:
+        return orjson.dumps(self.wrap(self.build([finished])))
 
     async def _reply(
         self, events: AsyncGenerator[tuple[int, Event], None], count: int, remember: tuple[str, str] | None
@@ -226,25 +232,25 @@ class Exchange:
     async def _idempotency(self) -> tuple[str | None, str]:
         """The caller's key (header Idempotency-Key or body request_id) and the digest of what was asked."""
         key = self.request.headers.get("idempotency-key", self.body.request_id)
-        if key is None:
+        if key is None and self.answer_key is None:
             return None, ""
-        if not 1 <= len(key) <= 256 or not key.isprintable():
+        if (key is not None and not 1 <= len(key) <= 256) or not key.isprintable():
             raise RequestError(
                 f"Idempotency-Key has {len(key)} characters, some perhaps unprintable; send 1 to 256 printable ones",
                 param="Idempotency-Key",
             )
         asked = hashlib.sha256(self.request.url.path.removeprefix("/v1").encode() + b"\n" + await self.request.body())
-        return key, asked.hexdigest()
+        return self.answer_key or key, asked.hexdigest()
 
     def _remember(self, remember: tuple[str, str] | None, data: bytes | None) -> None:
         if remember is not None:
             self.service.answers.end(self.caller.tenant, *remember, data)
 
     def _replayed(self, data: bytes) -> Response:
-        body = orjson.loads(data)
+        body = self.unwrap(orjson.loads(data))
         headers = {**self.headers(), **_version(body), "Idempotent-Replay": "true"}
         if not self.body.stream:
-            return _json(data, headers)
+            return _json(orjson.dumps(body), headers)
         return EventStream(self._replay(body), headers)
 
     async def _replay(self, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:

@@ -29,6 +29,7 @@ from nested_runtime.config import EngineConfig, SessionConfig
 from nested_runtime.models.hope import Hope
 from nested_runtime.models.loading import build, save_model
 from nested_runtime.tokenizer import SPECIAL, Tokenizer
+from server.__main__ import listening
 from server.app import create_app, running
 from server.assembly import assemble
 from server.deps import Service
@@ -76,21 +77,24 @@ class Running:
 def served(settings: Settings) -> Iterator[Running]:
     """The real app under the real uvicorn, in a thread."""
     service = assemble(settings)
-    listener = socket.create_server(("127.0.0.1", 0))
     started: list[Running] = []
     app = create_app(service)
     config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
 
     async def main() -> None:
+        with listening(settings) as listener:
+            await run_on(listener)
+
+    async def run_on(listener: socket.socket) -> None:
         async with running(service):
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            url = "http://nested" if settings.uds else f"http://127.0.0.1:{listener.getsockname()[1]}"
             started.append(Running(url, service, asyncio.get_running_loop(), app))
             await server.serve(sockets=[listener])
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not server.started and thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     try:
@@ -99,7 +103,6 @@ def served(settings: Settings) -> Iterator[Running]:
     finally:
         server.should_exit = True
         thread.join(30)
-        listener.close()
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +120,7 @@ def settings(model_folder: Path) -> Callable[..., Settings]:
     def make(**changes: Any) -> Settings:
         engine = {"slots": 8, "max_context": 2048, "threads": 1} | changes.pop("engine", {})
         sessions = {"wait_seconds": 5.0} | changes.pop("sessions", {})
-        fields = {"models": (str(model_folder),), "store": "memory:", "drain_seconds": 2.0} | changes
+        fields = {"models": (str(model_folder),), "store": "memory:", "port": 0, "drain_seconds": 2.0} | changes
         return Settings(engine=EngineConfig(**engine), sessions=SessionConfig(**sessions), **fields)
 
     return make
@@ -176,7 +179,7 @@ class Process:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, stderr=log, env=environment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120  # torch alone takes long to import on a busy machine
         while time.monotonic() < deadline and self._process.poll() is None:
             found = re.search(r" on (\S+),", self._log.read_text())
             if found:

@@ -56,13 +56,7 @@ def test_every_route_asks_for_a_key(guarded: Any, http: httpx.Client) -> None:
     assert len(found) > 50
     wrong = [{}, bearer("wrong-key"), {"Authorization": "Bearer"}, {"Authorization": ANNE}, {"X-API-Key": "nothing"}]
     for method, path in found:
-        for headers in (
-            {},
-            bearer("wrong-key"),
-            {"Authorization": "Bearer"},
-            {"Authorization": ANNE},
-            {"X-API-Key": "nothing"},
-        ):
+        for headers in wrong:
             reply = http.request(method, path, headers=headers)
             if path in ("/health", "/ready"):
                 assert reply.status_code == 200

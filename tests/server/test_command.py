@@ -113,11 +113,12 @@ def test_metrics_have_the_names_people_know(serve: Any, settings: Callable[..., 
         assert f"nested_{name}" in text
 
 
-def test_a_unix_socket(model_folder: Path, tmp_path: Path, process: Any) -> None:
+def test_a_unix_socket(serve: Any, settings: Callable[..., Any], tmp_path: Path) -> None:
     path = str(tmp_path / "s")
-    process("--model", str(model_folder), "--store", "memory:", "--uds", path)
-    with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://nested") as client:
+    transport = httpx.HTTPTransport(uds=path)
+    with serve(settings(uds=path)) as server, httpx.Client(transport=transport, base_url=server.url) as client:
         assert client.get("/health").json() == {"status": "ok"}
+    assert not Path(path).exists()
 
 
 def test_cors_and_root_path(serve: Any, settings: Callable[..., Any]) -> None:

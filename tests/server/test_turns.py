@@ -159,36 +159,37 @@ def test_a_store_that_is_down(settings: Callable[..., Any], serve: Any, chat: Ch
         assert client.get("/health").status_code == 200
 
 
-def test_sigkill_and_resume_on_sqlite(model_folder: Path, tmp_path: Path, process: Any, chat: Chat) -> None:
+def test_sigkill_and_resume_on_sqlite(
+    client: httpx.Client, model_folder: Path, tmp_path: Path, process: Any, chat: Chat
+) -> None:
     arguments = ("--model", str(model_folder), "--data-dir", str(tmp_path))
     server = process(*arguments)
-    with server.client() as client:
-        chat(client, "my name is Ada", session="alice")
-        taught = chat(client, "I live in Rome", session="alice").json()["session"]
+    with server.client() as http:
+        chat(http, "my name is Ada", session="alice")
+        taught = chat(http, "I live in Rome", session="alice").json()["session"]
         assert taught["durability"] in ("memory", "fsynced")
-        chat(client, "I live in Rome", session="bob")
+        chat(http, "I live in Rome", session="bob")
     server.stop(signal.SIGKILL)
     server = process(*arguments)
-    with server.client() as client:
-        assert client.get("/v1/sessions/alice").json()["digest"] == taught["digest"]
-        resumed = chat(client, "who am I?", session="alice", max_tokens=24)
+    with server.client() as http:
+        assert http.get("/v1/sessions/alice").json()["digest"] == taught["digest"]
+        resumed = chat(http, "who am I?", session="alice", max_tokens=24)
         assert resumed.json()["session"]["version"] == 3
-    with_resident = process("--model", str(model_folder), "--store", "memory:")
-    with with_resident.client() as client:
-        chat(client, "my name is Ada", session="alice")
-        chat(client, "I live in Rome", session="alice")
-        unbroken = chat(client, "who am I?", session="alice", max_tokens=24)
+    chat(client, "my name is Ada", session="unbroken")
+    chat(client, "I live in Rome", session="unbroken")
+    unbroken = chat(client, "who am I?", session="unbroken", max_tokens=24)
     assert unbroken.json()["choices"] == resumed.json()["choices"]
     assert unbroken.json()["session"]["digest"] == resumed.json()["session"]["digest"]
 
 
-def test_sigterm_lets_a_running_turn_finish(model_folder: Path, tmp_path: Path, process: Any, chat: Chat) -> None:
+def test_sigterm_lets_a_running_turn_finish(
+    settings: Callable[..., Any], serve: Any, model_folder: Path, tmp_path: Path, process: Any, chat: Chat
+) -> None:
     server = process("--model", str(model_folder), "--data-dir", str(tmp_path))
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         running = pool.submit(chat, client, "slow", session="s", max_tokens=300)
         time.sleep(0.4)
         assert server.stop(signal.SIGTERM) == 0
         assert running.result().json()["session"]["version"] == 1
-    again = process("--model", str(model_folder), "--data-dir", str(tmp_path))
-    with again.client() as client:
+    with serve(settings(store=None, data_dir=tmp_path)) as again, again.client() as client:
         assert version_of(client, "s") == 1

@@ -54,7 +54,7 @@ def test_an_edited_reply_goes_back_to_the_beginning() -> None:
 
 def test_a_version_that_is_gone() -> None:
     later = Version(9, 8, record("a", "b", "c", "d", start=7))
-    with pytest.raises(HistoryConflict, match="version 7.*no longer kept"):
+    with pytest.raises(HistoryConflict, match=r"version 7.*no longer kept"):
         match(said("a", "b", "x"), [later], 9)
 
 
