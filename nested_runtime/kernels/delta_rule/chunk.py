@@ -256,7 +256,7 @@ class ChunkScan(torch.autograd.Function):
         return _unchunk(outs, B), X.view(B, H, *X.shape[1:])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative must fail, not be wrong
+    @once_differentiable  # a second derivative must fail, not be wrong
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """The chunks from last to first, carrying the gradient of the state."""
         dout, dX = grads

@@ -28,7 +28,7 @@ class _Conv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative must fail, not be wrong
+    @once_differentiable  # a second derivative must fail, not be wrong
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (d_out,) = grads
         padded, weight = ctx.saved_tensors
