@@ -136,6 +136,10 @@ def install(app: FastAPI) -> None:
             return error_response(error)
         return _invalid(error)
 
+    async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error, {"X-Request-Id": request.scope["state"]["request_id"]})
+
+    app.add_exception_handler(Exception, on_unexpected)
     app.add_exception_handler(NestedError, on_nested)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_nested)

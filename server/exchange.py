@@ -136,7 +136,13 @@ class Exchange:
                 await events.aclose()
                 return self._replayed(first[1].replayed)
             source = self._stream(first, events, count, remember)
-            return EventStream(source, self.headers(), keep_alive=self.service.settings.keep_alive)
+
+            async def cleanup() -> None:
+                await events.aclose()
+                self._remember(remember, None)
+
+            keep_alive = self.service.settings.keep_alive
+            return EventStream(source, self.headers(), keep_alive=keep_alive, cleanup=cleanup)
         finished = await until_disconnected(self.request.receive, self._collect(events, count))
         if finished is None:
             raise ClientGone
@@ -234,7 +240,7 @@ class Exchange:
         key = self.request.headers.get("idempotency-key", self.body.request_id)
         if key is None and self.answer_key is None:
             return None, ""
-        if (key is not None and not 1 <= len(key) <= 256) or not key.isprintable():
+        if key is not None and (not 1 <= len(key) <= 256 or not key.isprintable()):
             raise RequestError(
                 f"Idempotency-Key has {len(key)} characters, some perhaps unprintable; send 1 to 256 printable ones",
                 param="Idempotency-Key",

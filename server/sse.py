@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -25,17 +25,23 @@ def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends what `source` yields; closes it, whatever happens, before the response is over."""
+    """Sends what `source` yields; closes it and runs `cleanup`, whatever happens, before the response is over."""
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, source: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None, *, keep_alive: float = 10.0
+        self,
+        source: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str] | None = None,
+        *,
+        keep_alive: float = 10.0,
+        cleanup: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._source = source
         self._keep_alive = keep_alive
+        self._cleanup = cleanup
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run until the source ends or the client disconnects."""
@@ -47,6 +53,8 @@ class EventStream(Response):
             await _end(leaving)
             if not sending.done():
                 await _end(sending)
+            if self._cleanup is not None:  # a source that was never started runs no finally of its own
+                await self._cleanup()
         if not sending.cancelled():
             sending.result()
 

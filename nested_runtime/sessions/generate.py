@@ -96,7 +96,7 @@ async def generate(
 def _fitted(model: ServedModel, turn: Turn, prompt: list[int]) -> Turn:
     """The turn with max_tokens that fit, or the error that says why it cannot."""
     limit, wanted = model.backend.max_context, turn.params.max_tokens
-    if wanted > limit:
+    if wanted > limit and not turn.shorten:
         raise RequestError(
             f"max_tokens is {wanted}, over the limit of {limit} of model {model.id!r}; ask for fewer",
             param="max_tokens",

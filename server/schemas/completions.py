@@ -57,9 +57,8 @@ class CompletionRequest(Generation):
 
     def prompts(self, tokenizer: Tokenizer) -> list[Prompt]:
         """All prompts; empty ones are refused."""
-        given = self.prompt
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            given = [given]  # type: ignore[list-item]  # one prompt in either form
+        is_one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
+        given = [self.prompt] if is_one else self.prompt
         prompts = [_prompt(one, tokenizer) for one in given]
         if not 1 <= len(prompts) <= MAX_PROMPTS or not all(one.tokens for one in prompts):
             raise RequestError(

@@ -94,7 +94,7 @@ def served(settings: Settings) -> Iterator[Running]:
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not server.started and thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     try:
