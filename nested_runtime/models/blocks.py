@@ -68,7 +68,7 @@ class BlockModel(LanguageModel):
 
     def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
         """See `LanguageModel.forward`."""
-        x = embedding(batch.token_ids, self.embed)
+        x = self._enter(batch.token_ids)
         for name, block in self._stack():
             local = {s.name: pool[f"{name}.{s.name}"] for s in block.memory.state()}
             x = block.add(x, block.memory.apply_packed(block.inner(x), local, batch))
@@ -78,7 +78,7 @@ class BlockModel(LanguageModel):
         self, tokens: torch.Tensor, state: Mapping[str, torch.Tensor] | None, position: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `LanguageModel.scan`."""
-        x = embedding(tokens, self.embed)
+        x = self._enter(tokens)
         start = state if state is not None else self._fresh(tokens)
         new: dict[str, torch.Tensor] = {}
         for name, block in self._stack():
@@ -92,6 +92,10 @@ class BlockModel(LanguageModel):
         dtype = torch.promote_types(self.embed.dtype, torch.float32)  # memories are never narrower (MODEL.md section 6)
         shapes = {s.name: (tokens.shape[0], *s.shape) for s in self.state_spec()}
         return {name: torch.zeros(shape, dtype=dtype, device=tokens.device) for name, shape in shapes.items()}
+
+    def _enter(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings scaled by sqrt(D), so that tied weights serve the stream (rms near 1) and the logits (small)."""
+        return embedding(token_ids, self.embed) * self.embed.shape[1] ** 0.5
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel.logits`."""

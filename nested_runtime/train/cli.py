@@ -41,7 +41,7 @@ def load_config(path: Path) -> TrainConfig:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
-    mixture = Mixture(**{k: tuple(v) for k, v in values.pop("mixture", {}).items()})
+    mixture = Mixture(**values.pop("mixture", {}))
     model, family = values.pop("model", None), values.pop("family", None)
     if not isinstance(model, dict) or not isinstance(family, str):
         raise ConfigError(f"--config {path}: fields 'family' (string) and 'model' (mapping) are required")

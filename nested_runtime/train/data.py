@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ import zstandard
 
 from nested_runtime.errors import ConfigError
 from nested_runtime.tokenizer import Tokenizer
+from nested_runtime.train.dense import echo_drill, pairs_drill
 from nested_runtime.train.dialogues import Dialogue, DialogueSpec, copy_drill, generate, stage
 
 __all__ = ["Corpus", "Lanes", "Mixture", "Session", "read_rows", "render_dialogue"]
 
 TONES = ("caring", "enthusiastic", "professional", "witty")  # the same questions in other tones: one tone is kept
 HELD_OUT = 100  # one document in so many is never trained on (fluency evaluation)
+DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
 
@@ -133,20 +135,31 @@ def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
     return Session(np.array(tokens, dtype=np.uint16), np.array(weights, dtype=np.float32))
 
 
+KINDS = ("echo", "pairs", "drill", "dialogue", "chat", "prose")
+
+
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of session kinds at the start and at the end of training, linear in progress."""
+    """Shares of session kinds: `first` at the start, `then` from progress `dense` on, `last` at the end, linear between."""
 
-    drill: tuple[float, float] = (0.25, 0.05)
-    dialogue: tuple[float, float] = (0.60, 0.60)
-    chat: tuple[float, float] = (0.08, 0.20)
-    prose: tuple[float, float] = (0.07, 0.15)
+    first: Mapping[str, float] = field(
+        default_factory=lambda: {"echo": 0.12, "pairs": 0.35, "drill": 0.1, "dialogue": 0.35, "chat": 0.05, "prose": 0.03}
+    )
+    then: Mapping[str, float] = field(
+        default_factory=lambda: {"echo": 0.03, "pairs": 0.1, "drill": 0.07, "dialogue": 0.64, "chat": 0.1, "prose": 0.06}
+    )
+    last: Mapping[str, float] = field(
+        default_factory=lambda: {"echo": 0.02, "pairs": 0.03, "drill": 0.03, "dialogue": 0.62, "chat": 0.2, "prose": 0.1}
+    )
+    dense: float = 0.12
 
-    def at(self, progress: float) -> tuple[float, float, float, float]:
-        """(drill, dialogue, chat, prose) at `progress` in 0..1."""
-        pairs = (self.drill, self.dialogue, self.chat, self.prose)
-        a, b, c, d = (first + (last - first) * progress for first, last in pairs)
-        return a, b, c, d
+    def at(self, progress: float) -> list[float]:
+        """Shares in the order of KINDS at `progress` in 0..1."""
+        if progress < self.dense:
+            a, b, f = self.first, self.then, progress / self.dense
+        else:
+            a, b, f = self.then, self.last, (progress - self.dense) / (1 - self.dense)
+        return [a[k] * (1 - f) + b[k] * f for k in KINDS]
 
 
 class Lanes:
@@ -172,9 +185,9 @@ class Lanes:
     def _new(self) -> Session:
         parts = [self._draw()]
         size = len(parts[0].tokens)
-        if size < self.length + 1 and self.rng.random() < 0.5:
+        while size < 0.75 * self.length:
             parts.append(self._draw())
-            size += len(parts[1].tokens)
+            size += len(parts[-1].tokens)
         segments = -(-(size - 1) // self.length)
         while size < segments * self.length + 1:
             filler = self._text(self.rng.random() < 0.6)
@@ -190,10 +203,9 @@ class Lanes:
         return np.where(weights < 1.0, draw < weights, weights).astype(np.float32)
 
     def _draw(self) -> Session:
-        shares = self.mixture.at(self.progress)
-        kind = self.rng.choices(("drill", "dialogue", "chat", "prose"), shares)[0]
-        if kind == "drill":
-            return render_dialogue(copy_drill(self.rng, self.split), self.tokenizer)
+        kind = self.rng.choices(KINDS, self.mixture.at(self.progress))[0]
+        if kind in DRILLS:
+            return render_dialogue(DRILLS[kind](self.rng, self.split), self.tokenizer)
         if kind == "dialogue":
             return render_dialogue(generate(self.rng, self.split, self._spec(), self._talk()), self.tokenizer)
         return self._text(kind == "chat")

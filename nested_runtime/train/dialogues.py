@@ -15,22 +15,24 @@ from nested_runtime.train.messages import Dialogue, DialogueSpec, Message, Probe
 from nested_runtime.train.phrasing import Relation, Template, conflicts, decorations, filler, pairs, relations
 from nested_runtime.train.values import Values, lines
 
-__all__ = ["Chat", "Dialogue", "DialogueSpec", "Message", "Probe", "Span", "Weights", "copy_drill", "generate",
-           "relations", "stage"]  # fmt: skip
+__all__ = ["Chat", "Dialogue", "DialogueSpec", "ExhaustedError", "Fact", "Message", "Probe", "Span", "Weights",
+           "Writer", "copy_drill", "generate", "mentions", "relations", "stage"]  # fmt: skip
 
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
 
 
-class _ExhaustedError(Exception):
+class ExhaustedError(Exception):
     """Everything of a small kind has been said in this dialogue."""
 
 
 @dataclass
-class _Fact:
+class Fact:
+    """A fact of one dialogue; it has a value from its telling on."""
+
     relation: Relation
     user: Fields  # as the user says them
     assistant: Fields  # and as the assistant says them
-    partner: "_Fact | None" = None  # told in the same sentence
+    partner: "Fact | None" = None  # told in the same sentence
     told: int = -1
     asked: int = 0
     outdated: list[str] = field(default_factory=list)
@@ -38,6 +40,7 @@ class _Fact:
 
     @property
     def value(self) -> str:
+        """The newest value told."""
         return self.user["v"]
 
 
@@ -58,14 +61,14 @@ def mentions(text: str, value: str) -> bool:
     return False
 
 
-class _Writer:
-    """Writes one dialogue."""
+class Writer:
+    """Writes one dialogue, turn by turn; `messages` holds what was said so far."""
 
-    def __init__(self, rng: random.Random, split: str, spec: DialogueSpec, small_talk: Sequence[Chat]) -> None:
+    def __init__(self, rng: random.Random, split: str, spec: DialogueSpec, small_talk: Sequence[Chat] = ()) -> None:
         self.rng, self.split, self.spec, self.small_talk = rng, split, spec, small_talk
         self.values = Values.of(split)
         self.lower = rng.random() < spec.p_noisy / 2
-        self.facts: list[_Fact] = []
+        self.facts: list[Fact] = []
         self.used: dict[str, None] = {}  # names of relations, in order
         self.subjects: set[tuple[str, ...]] = set()
         self.taken: set[str] = set()  # every value told so far, in lower case
@@ -75,21 +78,23 @@ class _Writer:
         self.history = ""
 
     def chance(self, p: float) -> bool:
+        """True with probability ``p``."""
         return self.rng.random() < p
 
     def say(self, role: str, spans: Sequence[Span]) -> None:
+        """Add a message."""
         message = Message(role, tuple(span for span in spans if span.text))
         self.messages.append(message)
         self.history += " " + message.content.lower()
 
     # --- which facts
 
-    def new_fact(self, relation: Relation) -> _Fact | None:
+    def new_fact(self, relation: Relation) -> Fact | None:
         """A fact that no other in this dialogue could be mistaken for."""
         for _ in range(20):
             user, assistant = draw_key(relation.subjects, relation.bare_subject, self.values, self.rng)
             if self.admit(relation, user):
-                return self.cased(_Fact(relation, user, assistant))
+                return self.cased(Fact(relation, user, assistant))
         return None
 
     def admit(self, relation: Relation, user: Fields) -> bool:
@@ -102,20 +107,22 @@ class _Writer:
         self.used[relation.name] = None
         return True
 
-    def cased(self, fact: _Fact) -> _Fact:
+    def cased(self, fact: Fact) -> Fact:
+        """The fact in small letters where the whole dialogue is."""
         if self.lower:
             fact.user = {k: v.lower() for k, v in fact.user.items()}
             fact.assistant = {k: v.lower() for k, v in fact.assistant.items()}
         return fact
 
-    def choose(self) -> _Fact | None:
+    def choose(self) -> Fact | None:
+        """A fact of any relation."""
         special, generic = _pools()
         for _ in range(20):
             if fact := self.new_fact(self.rng.choice(generic if self.chance(self.spec.p_generic) else special)):
                 return fact
         return None
 
-    def choose_pair(self) -> _Fact | None:
+    def choose_pair(self) -> Fact | None:
         """Two facts about one person that one sentence tells: a sister's name and her job."""
         first, second, _ = self.rng.choice(pairs(self.split))
         one, two = relations()[first], relations()[second]
@@ -127,13 +134,13 @@ class _Writer:
             keys.append((mine, {k: v.replace("my ", "your ", 1) for k, v in mine.items()}))
         if not (self.admit(one, keys[0][0]) and self.admit(two, keys[1][0])):
             return None
-        facts = [self.cased(_Fact(r, *key)) for r, key in zip((one, two), keys, strict=True)]
+        facts = [self.cased(Fact(r, *key)) for r, key in zip((one, two), keys, strict=True)]
         facts[0].partner = facts[1]
         return facts[0]
 
-    def choose_facts(self) -> list[_Fact]:
+    def choose_facts(self) -> list[Fact]:
         """The facts to tell; a pair counts as two."""
-        out: list[_Fact] = []
+        out: list[Fact] = []
         count = self.rng.randint(*self.spec.facts)
         while count > 0:
             fact = self.choose_pair() if count > 1 and self.chance(self.spec.p_pair) else self.choose()
@@ -162,7 +169,7 @@ class _Writer:
             ):
                 self.taken.add(small)
                 return value
-        raise _ExhaustedError(f"no new value for relation {relation.name!r}")
+        raise ExhaustedError(f"no new value for relation {relation.name!r}")
 
     # --- how it is said
 
@@ -191,12 +198,13 @@ class _Writer:
         return "Anyway."
 
     def among_others(self, text: str, after: int) -> str:
+        """``text`` between sentences that tell nothing, at most ``after`` of them behind it."""
         before = self.rng.randint(0 if after else 1, 2)
         text = text if text[-1] in ".!?" else text + "."
         tail = [self.filler() for _ in range(self.rng.randint(0 if before else 1, after))] if after else []
         return " ".join([*[self.filler() for _ in range(before)], text, *tail])
 
-    def reply(self, templates: Sequence[Template], fact: _Fact, weights: tuple[float, float]) -> list[Span]:
+    def reply(self, templates: Sequence[Template], fact: Fact, weights: tuple[float, float]) -> list[Span]:
         """A sentence of the assistant; a value in small letters may not start it."""
         template = self.rng.choice(templates)
         while template.starts_with_value and fact.value[0].islower() and len(templates) > 1:
@@ -204,7 +212,8 @@ class _Writer:
             template = self.rng.choice(templates)
         return [Span(text, weights[name != "v"]) for text, name in template.pieces(fact.assistant)]
 
-    def echo(self, facts: Sequence[_Fact]) -> None:
+    def echo(self, facts: Sequence[Fact]) -> None:
+        """The assistant says the facts back."""
         if self.chance(self.spec.p_terse):
             self.say("assistant", [Span(self.rng.choice(lines("terse_acks")), Weights.ack)])
             return
@@ -216,7 +225,8 @@ class _Writer:
 
     # --- turns
 
-    def tell(self, facts: Sequence[_Fact]) -> None:
+    def tell(self, facts: Sequence[Fact]) -> None:
+        """The user tells the facts in one message, the assistant echoes."""
         told, every = [], []
         for fact in facts:
             both = [fact, fact.partner] if fact.partner else [fact]
@@ -234,7 +244,8 @@ class _Writer:
         self.say("user", [Span(text, Weights.user)])
         self.echo(every)
 
-    def statement(self, fact: _Fact) -> str:
+    def statement(self, fact: Fact) -> str:
+        """The sentence that tells a fact, or a pair of facts."""
         relation = fact.relation
         if fact.partner:
             names = (relation.name, fact.partner.relation.name)
@@ -246,7 +257,8 @@ class _Writer:
         template = self.rng.choice(relation.tells[self.split])
         return self.user_text(template, fact.user, "tell_prefixes", "tell_suffixes")
 
-    def correct(self, fact: _Fact) -> None:
+    def correct(self, fact: Fact) -> None:
+        """The user gives a fact another value, the assistant echoes."""
         fact.outdated.append(fact.value)
         fact.user["old"] = fact.value
         fact.user["v"] = fact.assistant["v"] = self.new_value(fact.relation)
@@ -255,7 +267,8 @@ class _Writer:
         self.say("user", [Span(self.user_text(template, fact.user, "", "tell_suffixes"), Weights.user)])
         self.echo([fact])
 
-    def question(self, fact: _Fact) -> None:
+    def question(self, fact: Fact) -> None:
+        """The user asks for a fact."""
         relation = fact.relation
         asks, indirect = relation.asks[self.split], relation.indirect[self.split]
         if relation.plain and self.chance(self.spec.p_terse / 2):
@@ -272,11 +285,13 @@ class _Writer:
             text = self.among_others(text if text[-1] in ".!?" else text + "?", after=0)
         self.say("user", [Span(text, Weights.question)])
 
-    def probe(self, fact: _Fact, kind: ProbeKind, expected: str, distance: int) -> None:
+    def probe(self, fact: Fact, kind: ProbeKind, expected: str, distance: int) -> None:
+        """Note what the answer to the next message must hold."""
         others = [f.value for f in self.facts if f is not fact] + [old for f in self.facts for old in f.outdated]
         self.probes.append(Probe(len(self.messages), fact.relation.name, kind, expected, distance, tuple(others)))
 
     def ask(self) -> None:
+        """Question and answer about a fact told before."""
         least = min(fact.asked for fact in self.facts)
         fact = self.rng.choice([f for f in self.facts if f.asked == least or self.chance(0.25)])
         fact.asked += 1
@@ -285,10 +300,14 @@ class _Writer:
         self.question(fact)
         self.say("assistant", self.reply(fact.relation.answers, fact, (Weights.value, Weights.answer)))
 
-    def ask_unknown(self) -> None:
-        """Ask for something never told: a told relation about somebody else, or another relation."""
+    def untold(self) -> Fact | None:
+        """A fact never told: a told relation about somebody else, or another relation."""
         siblings = [fact.relation for fact in self.facts if fact.relation.subjects]
-        fact = self.new_fact(self.rng.choice(siblings)) if siblings and self.chance(0.5) else self.choose()
+        return self.new_fact(self.rng.choice(siblings)) if siblings and self.chance(0.5) else self.choose()
+
+    def ask_unknown(self) -> None:
+        """Ask for something never told."""
+        fact = self.untold()
         if fact is None:
             return
         self.probe(fact, "unknown", "", 0)
@@ -296,6 +315,7 @@ class _Writer:
         self.say("assistant", [Span(self.rng.choice(fact.relation.unknowns).render(fact.assistant), Weights.unknown)])
 
     def chat(self) -> None:
+        """An exchange or two of small talk."""
         rng, size = self.rng, self.rng.randint(1, 2)
         talk: Chat = [(self.filler(), rng.choice(lines("replies"))) for _ in range(size)]
         if self.small_talk:
@@ -337,7 +357,7 @@ def generate(rng: random.Random, split: str, spec: DialogueSpec, small_talk: Seq
     """A dialogue of ``split``; ``small_talk`` holds chats, each a sequence of (user, assistant) exchanges."""
     for _ in range(100):
         try:
-            return _Writer(rng, split, spec, small_talk).write()
-        except _ExhaustedError:
+            return Writer(rng, split, spec, small_talk).write()
+        except ExhaustedError:
             continue
     raise RuntimeError("the small talk names every value that could be told")

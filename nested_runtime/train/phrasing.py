@@ -166,7 +166,7 @@ def parse_relation(name: str, table: Mapping[str, object], where: str) -> Relati
     for field in table.keys() - {"value", "subjects", *LISTS}:
         raise fail(field, "unknown field")
     value, subject = table.get("value"), table.get("subjects", "")
-    kinds = Values("train").kinds()
+    kinds = Values.of("train").kinds()
     if not isinstance(value, str) or value not in kinds:
         raise fail("value", f"not a value kind: {value!r}")
     if not isinstance(subject, str) or set(subject.split()) - kinds - KEY_KINDS:

@@ -63,7 +63,9 @@ class Trainer:
         self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
         self.model: LanguageModel = build(config.family, config.model).to(self.device)
         self.lanes = Lanes(corpus, tokenizer, config.lanes, config.length, config.seed * 1000 + rank, config.mixture)
-        self.dev = Lanes(corpus, tokenizer, config.lanes, config.length, 777 + rank, config.mixture, split="dev")
+        dialogues = {"echo": 0.0, "pairs": 0.0, "drill": 0.0, "dialogue": 1.0, "chat": 0.0, "prose": 0.0}
+        only = Mixture(dialogues, dialogues, dialogues)
+        self.dev = Lanes(corpus, tokenizer, config.lanes, config.length, 777 + rank, only, split="dev")
         self.optimizers = self._optimizers()
         self.step, self.state = 0, None
         self.per_step = config.lanes * config.length * world
@@ -74,11 +76,12 @@ class Trainer:
         for name, p in self.model.named_parameters():
             is_matrix = p.ndim == 2 and min(p.shape) > 8 and name not in ("embed", "head")
             (matrices if is_matrix else others).append(p)
+        self.matrices = matrices
         c = self.config
         decayed = [p for p in others if p.ndim >= 2]
         plain = [p for p in others if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        muon = torch.optim.Muon(matrices, lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
+        muon = torch.optim.Muon(matrices[self.rank :: self.world], lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
         return [muon, torch.optim.AdamW(groups, lr=c.lr_other, betas=(0.9, 0.98), fused=True)]
 
     def _schedule(self) -> float:
@@ -115,7 +118,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        self._share()
         self.step += 1
         return {"loss": loss.item(), "value": right.item() / max(1, total.item()), "norm": norm}
 
@@ -134,10 +138,15 @@ class Trainer:
             p.grad = g.view_as(p)
         return norm
 
+    def _share(self) -> None:
+        """Every process steps its own share of the matrices; the others receive them."""
+        for i, p in enumerate(self.matrices if self.world > 1 else []):
+            dist.broadcast(p.data, i % self.world)
+
     @torch.no_grad()
     def evaluate(self, steps: int = 6) -> dict[str, float]:
         """Teacher-forced loss and value-token accuracy on phrasings and values training never sees."""
-        self.dev.progress = self.lanes.progress
+        self.dev.progress = 0.3
         figures = torch.zeros(3)
         state = None
         for _ in range(steps):

@@ -94,6 +94,7 @@ def _forward(
     G_prev = G - log_alpha
     u = v - k
     U = u @ M.transpose(1, 2)
+    U[..., mem] += v
     P = k @ X.transpose(1, 2)
     KK = k @ k.transpose(1, 2)
     F = (G_prev[:, :, None] - G[:, None, :]).masked_fill_(~strict, -torch.inf).exp_()
@@ -199,7 +200,7 @@ def _backward(
     scaled_eta = d_eta * s.eta
     da = (d_log_alpha + scaled_eta) * (1 - s.alpha)
     de = scaled_eta * (1 - s.eta_gate)
-    dv = _normalise_backward(du, s.v, s.v_norm)
+    dv = _normalise_backward(du + dU[..., mem], s.v, s.v_norm)
     dxv = dv @ s.M[:, v_rows]
     dM[:, v_rows] += dv.transpose(1, 2) @ s.xv
     dy = torch.empty(*dk.shape[:2], dim + 2, dtype=dk.dtype, device=dk.device)

@@ -6,7 +6,7 @@ B only initialises X and M_m = X_m. Anchor a = state at the start of the chunk t
 
     k_t = l2norm(M_k,a x^k_t)      v_t = l2norm(M_v,a x^v_t)      q_t = l2norm(x^q_t)
     alpha_t = sigmoid(a_t + M_alpha,a x^k_t)              eta_t = alpha_t / 2 * sigmoid(e_t + M_eta,a x^k_t)
-    vhat_m,t = M_m,a v_t
+    vhat_m,t = M_m,a v_t  (+ v_t for m = mem, whose learned start is near zero: see docs/log.md)
     X_m,t = X_m,t-1 (alpha_t I - eta_t k_t k_t^T) - eta_t r_m (M_m,a k_t - vhat_m,t) k_t^T         NL Eq. 88
     o_t = M_mem,t q_t   (read="token")   or   M_mem,a q_t   (read="anchor", NL Eq. 90)
 
@@ -58,7 +58,9 @@ def reference_scan(
         q = _unit(xq[t])
         alpha = torch.sigmoid(alpha_logit[t] + memory[row["alpha"]] @ xk[t])
         eta = ETA_MAX * alpha * torch.sigmoid(eta_logit[t] + memory[row["eta"]] @ xk[t])
-        gradient = rates[:, None] * torch.outer(memory @ k - memory @ v, k)
+        target = memory @ v
+        target[row["mem"]] = target[row["mem"]] + v
+        gradient = rates[:, None] * torch.outer(memory @ k - target, k)
         live = alpha * live - eta * torch.outer(live @ k, k) - eta * gradient
         read = start + (live if options.read == "token" else anchor)
         outputs.append(read[row["mem"]] @ q)

@@ -69,7 +69,9 @@ def segment(
     g = before + log_alpha.cumsum(1)
     g_prev = g - log_alpha
     old_k, old_d, old_g = state.tail_k[:, :done], state.tail_d[:, :done], state.tail_g[:, :done]
-    target = ((v - k) @ memory.transpose(1, 2)) * rates[:, None]
+    error = (v - k) @ memory.transpose(1, 2)
+    error = torch.cat([error[..., : row["mem"].start], error[..., row["mem"]] + v], dim=-1)
+    target = error * rates[:, None]
     seen = (k @ state.anchor.transpose(1, 2)) * g_prev.exp()[..., None]
     seen = seen + ((k @ old_k.transpose(1, 2)) * (g_prev[..., None] - old_g[:, None]).exp()) @ old_d
     ratio = (g_prev[..., None] - g[:, None]).masked_fill(~_mask(n, xq, -1), -torch.inf).exp()
