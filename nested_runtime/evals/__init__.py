@@ -1,1 +1,1 @@
-"""Evaluations against a checkpoint or a running server."""
+"""Evaluations: what a model remembers, measured in process or through a server, and how fluent it is."""

@@ -63,7 +63,7 @@ def test_a_value_is_told_first_and_the_newest_wins(seed: int, split: str, n: flo
 @given(SEEDS, STAGES)
 @settings(max_examples=200, deadline=None)
 def test_unknown_probes_were_never_told(seed: int, n: float) -> None:
-    writer = dialogues._Writer(random.Random(seed), "train", dialogues.DialogueSpec(p_unknown=0.5), ())
+    writer = dialogues.Writer(random.Random(seed), "train", dialogues.DialogueSpec(p_unknown=0.5), ())
     dialogue = writer.write()
     told = {fact.relation.name for fact in writer.facts if not fact.relation.subjects}
     for probe in dialogue.probes:
