@@ -59,7 +59,7 @@ class SelfModifying(UpdateRule):
         inner = self.heads * self.head_dim
         for name in ("k", "v"):
             self.base[:, rows(self.head_dim)[name]] += torch.eye(self.head_dim)
-        q, k, v, gate = self.w_in[: 4 * inner].split(inner)
+        q, k, v, gate = (self.w_in[i * inner : (i + 1) * inner] for i in range(4))
         nn.init.orthogonal_(v)
         k.copy_(q)
         gate *= 0.5

@@ -95,7 +95,8 @@ class BlockModel(LanguageModel):
 
     def _enter(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings scaled by sqrt(D), so that tied weights serve the stream (rms near 1) and the logits (small)."""
-        return embedding(token_ids, self.embed) * self.embed.shape[1] ** 0.5
+        scaled: torch.Tensor = embedding(token_ids, self.embed) * self.embed.shape[1] ** 0.5
+        return scaled
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel.logits`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from nested_runtime.errors import ConfigError, NestedError
@@ -27,8 +27,12 @@ __all__ = ["main"]
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nested-train", description=__doc__)
-    parser.add_argument("--config", required=True, type=Path, help="training config (JSON, see nested_runtime/train/configs)")
-    parser.add_argument("--data", required=True, type=Path, help="folder of .jsonl[.zst] files with `text` or `messages`")
+    parser.add_argument(
+        "--config", required=True, type=Path, help="training config (JSON, see nested_runtime/train/configs)"
+    )
+    parser.add_argument(
+        "--data", required=True, type=Path, help="folder of .jsonl[.zst] files with `text` or `messages`"
+    )
     parser.add_argument("--out", required=True, type=Path, help="run folder; an existing run is resumed")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with its own lanes")
     parser.add_argument("--tokens", type=int, help="override the config's number of tokens")
@@ -91,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             _work(0, args, config, port)
         else:
             os.environ.setdefault("OMP_NUM_THREADS", "1")
-            mp.start_processes(_work, (args, config, port), nprocs=args.workers, start_method="spawn")
+            spawn(_work, (args, config, port), nprocs=args.workers)  # type: ignore[no-untyped-call]  # torch has no types here
     except NestedError as error:
         print(f"nested-train: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,19 +138,17 @@ def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
 KINDS = ("echo", "pairs", "drill", "dialogue", "chat", "prose")
 
 
+def _shares(*shares: float) -> Callable[[], Mapping[str, float]]:
+    return lambda: dict(zip(KINDS, shares, strict=True))
+
+
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of session kinds: `first` at the start, `then` from progress `dense` on, `last` at the end, linear between."""
+    """Shares of session kinds: `first` at the start, `then` at progress `dense`, `last` at the end, linear between."""
 
-    first: Mapping[str, float] = field(
-        default_factory=lambda: {"echo": 0.12, "pairs": 0.35, "drill": 0.1, "dialogue": 0.35, "chat": 0.05, "prose": 0.03}
-    )
-    then: Mapping[str, float] = field(
-        default_factory=lambda: {"echo": 0.03, "pairs": 0.1, "drill": 0.07, "dialogue": 0.64, "chat": 0.1, "prose": 0.06}
-    )
-    last: Mapping[str, float] = field(
-        default_factory=lambda: {"echo": 0.02, "pairs": 0.03, "drill": 0.03, "dialogue": 0.62, "chat": 0.2, "prose": 0.1}
-    )
+    first: Mapping[str, float] = field(default_factory=_shares(0.12, 0.35, 0.10, 0.35, 0.05, 0.03))
+    then: Mapping[str, float] = field(default_factory=_shares(0.03, 0.10, 0.07, 0.64, 0.10, 0.06))
+    last: Mapping[str, float] = field(default_factory=_shares(0.02, 0.03, 0.03, 0.62, 0.20, 0.10))
     dense: float = 0.12
 
     def at(self, progress: float) -> list[float]:

@@ -68,6 +68,7 @@ def pairs_drill(rng: random.Random, split: str) -> Dialogue:
             spans: list[Span] = []
             for j, key in enumerate(asked):
                 before = comma if j else ""
-                spans += [Span(f"{before}{key}{link.rstrip()}", Weights.small_talk), Span(f" {pairs[key]}", Weights.value)]
+                spans.append(Span(f"{before}{key}{link.rstrip()}", Weights.small_talk))
+                spans.append(Span(f" {pairs[key]}", Weights.value))
             messages += [_user(rng.choice(ASKS).format(" and ".join(asked))), Message("assistant", tuple(spans))]
     return Dialogue(tuple(messages), ())

@@ -1,8 +1,8 @@
 """The training loop: truncated backpropagation over lanes with carried memory, data parallel over processes.
 
 Every process owns its lanes and their memories; gradients are summed in one all-reduce of a flat buffer. Matrices take
-Muon (orthogonalised momentum, NL Eq. 42-44), everything else AdamW. A run folder holds `checkpoint.safetensors` (latest,
-fp32), `state.json`, `log.jsonl` and the exported model folder `model/`.
+Muon (orthogonalised momentum, NL Eq. 42-44), everything else AdamW. A run folder holds `checkpoint.safetensors` (the
+latest, fp32), `state.json`, `log.jsonl` and the exported model folder `model/`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Trainer:
         self.steps = math.ceil(config.tokens / self.per_step)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        matrices, others = [], []
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
         for name, p in self.model.named_parameters():
             is_matrix = p.ndim == 2 and min(p.shape) > 8 and name not in ("embed", "head")
             (matrices if is_matrix else others).append(p)
@@ -81,7 +82,8 @@ class Trainer:
         decayed = [p for p in others if p.ndim >= 2]
         plain = [p for p in others if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        muon = torch.optim.Muon(matrices[self.rank :: self.world], lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
+        mine = matrices[self.rank :: self.world]
+        muon = torch.optim.Muon(mine, lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
         return [muon, torch.optim.AdamW(groups, lr=c.lr_other, betas=(0.9, 0.98), fused=True)]
 
     def _schedule(self) -> float:
@@ -111,7 +113,7 @@ class Trainer:
         """One optimizer step; returns its figures."""
         self.lanes.progress = min(1.0, self.step / self.steps / self.config.curriculum)
         loss, right, total, self.state = self._forward(self.lanes, self.state)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = self._reduce()
         scale = self._schedule()
         for optimizer, lr in zip(self.optimizers, (self.config.lr_matrix, self.config.lr_other), strict=True):
@@ -134,7 +136,7 @@ class Trainer:
             flat.zero_()
         elif norm > self.config.clip:
             flat *= self.config.clip / norm
-        for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        for p, g in zip(params, torch.split(flat, [p.numel() for p in params]), strict=True):
             p.grad = g.view_as(p)
         return norm
 
