@@ -66,7 +66,12 @@ class Running:
     app: FastAPI
 
     def client(self, **kwargs: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30.0, **kwargs)
+        return httpx.Client(base_url=self.url, timeout=120.0, **kwargs)
+
+    def wait_until_running(self) -> None:
+        """Until a turn is in the engine."""
+        while not self.service.runtime.models["tiny"].backend.stats()["running"]:
+            time.sleep(0.005)
 
     def run(self, coroutine: Any) -> Any:
         """Run something on the server's event loop."""
@@ -189,7 +194,7 @@ class Process:
         raise AssertionError(self._log.read_text())
 
     def client(self, **kwargs: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30.0, **kwargs)
+        return httpx.Client(base_url=self.url, timeout=120.0, **kwargs)
 
     def stop(self, number: int = signal.SIGKILL) -> int:
         assert self._process is not None

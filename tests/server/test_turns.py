@@ -55,11 +55,11 @@ def test_a_memoryless_answer_is_replayed(client: httpx.Client, chat: Chat) -> No
     assert chat(client, "two", **ask).status_code == 422
 
 
-def test_a_key_that_is_still_running_is_a_conflict(client: httpx.Client, chat: Chat) -> None:
+def test_a_key_that_is_still_running_is_a_conflict(server: Any, client: httpx.Client, chat: Chat) -> None:
     ask = {"session": "running", "headers": {"Idempotency-Key": "slow"}, "max_tokens": 600}
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(chat, client, "slow", **ask)
-        time.sleep(0.3)
+        server.wait_until_running()
         conflict = chat(client, "slow", **ask)
         assert conflict.status_code == 409
         assert conflict.headers["x-should-retry"] == "false"
@@ -94,7 +94,7 @@ def test_a_client_that_leaves_teaches_nothing(server: Any, client: httpx.Client,
                 leaving.post("/v1/chat/completions", json=ask, timeout=0.3)
     began = time.monotonic()
     after = chat(client, "two", session=name)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert after.json()["session"]["version"] == before["version"] + 1
     assert server.service.runtime.models["tiny"].backend.stats()["running"] == 0
 
@@ -132,7 +132,7 @@ def test_a_lost_lease_is_a_conflict_and_commits_nothing(server: Any, client: htt
     key = next(iter({k for k in server.service.vault._used if k.session == "lost"}))
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(chat, client, "two", session="lost", max_tokens=600)
-        time.sleep(0.3)
+        server.wait_until_running()
         server.run(server.service.store.delete(key))
         refused = slow.result()
     assert refused.status_code == 409
