@@ -42,15 +42,19 @@ def _parser() -> argparse.ArgumentParser:
 def load_config(path: Path) -> TrainConfig:
     """Read a training config; ConfigError names the file or field."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
-    mixture = Mixture(**values.pop("mixture", {}))
-    model, family = values.pop("model", None), values.pop("family", None)
-    if not isinstance(model, dict) or not isinstance(family, str):
-        raise ConfigError(f"--config {path}: fields 'family' (string) and 'model' (mapping) are required")
-    checked = from_fields(TrainConfig, {**values, "family": family, "model": model})
-    return replace(checked, mixture=mixture)
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} must hold an object, got {type(values).__name__}")
+    try:
+        if isinstance(mixture := values.get("mixture"), dict):
+            values["mixture"] = from_fields(Mixture, mixture)
+        config = from_fields(TrainConfig, values)
+        config.build()
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    return config
 
 
 def _tokenizer(args: argparse.Namespace, vocab_size: int) -> Tokenizer:
@@ -85,7 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         config = load_config(args.config)
-        if args.tokens:
+        if args.workers < 1:
+            raise ConfigError(f"--workers must be at least 1, got {args.workers}")
+        if args.tokens is not None:
             config = replace(config, tokens=args.tokens)
         _tokenizer(args, int(config.model.get("vocab_size", 4096)))
         with socket.socket() as probe:
@@ -96,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             os.environ.setdefault("OMP_NUM_THREADS", "1")
             spawn(_work, (args, config, port), nprocs=args.workers)  # type: ignore[no-untyped-call]  # torch has no types here
-    except NestedError as error:
+    except (NestedError, OSError) as error:
         print(f"nested-train: {error}", file=sys.stderr)
         sys.exit(2)
 

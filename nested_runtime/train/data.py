@@ -35,10 +35,24 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of one `.jsonl` or `.jsonl.zst` file."""
     if path.suffix != ".zst":
         with path.open(encoding="utf-8") as plain:
-            yield from map(json.loads, plain)
+            yield from _parsed(plain, path)
         return
     with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as raw:
-        yield from map(json.loads, io.TextIOWrapper(raw, encoding="utf-8"))
+        yield from _parsed(io.TextIOWrapper(raw, encoding="utf-8"), path)
+
+
+def _parsed(lines: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ConfigError(
+                    f"{path} line {number}: a row is an object with `text` or `messages`, got {line[:40]!r}"
+                )
+            yield row
+    except (ValueError, zstandard.ZstdError) as error:
+        raise ConfigError(f"{path} near line {number}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -121,9 +135,10 @@ def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
     for message in dialogue.messages:
         text = " " + message.content
         encoding = tokenizer.encode_offsets(text)
-        borders, at = [], 1
+        borders: list[tuple[int, int, float]] = []
+        at = 1
         for span in message.spans:
-            borders.append((at, at + len(span.text), span.weight))
+            borders.append((at if borders else 0, at + len(span.text), span.weight))  # the first has the leading space
             at += len(span.text)
         tokens.append(tokenizer.role_id(message.role))
         weights.append(0.1 if message.role == "user" else 0.3)
@@ -151,6 +166,16 @@ class Mixture:
     last: Mapping[str, float] = field(default_factory=_shares(0.02, 0.03, 0.03, 0.62, 0.20, 0.10))
     dense: float = 0.12
 
+    def __post_init__(self) -> None:
+        for name in ("first", "then", "last"):
+            shares = getattr(self, name)
+            if set(shares) != set(KINDS) or not all(isinstance(v, int | float) and v >= 0 for v in shares.values()):
+                raise ConfigError(
+                    f"config field 'mixture.{name}' needs a share of each of {', '.join(KINDS)}: {shares}"
+                )
+        if not 0 < self.dense < 1:
+            raise ConfigError(f"config field 'mixture.dense' must be between 0 and 1, got {self.dense}")
+
     def at(self, progress: float) -> list[float]:
         """Shares in the order of KINDS at `progress` in 0..1."""
         if progress < self.dense:
@@ -172,11 +197,12 @@ class Lanes:
         seed: int,
         mixture: Mixture,
         split: str = "train",
+        progress: float = 0.0,
     ) -> None:
         self.split = split
         self.corpus, self.tokenizer, self.length, self.mixture = corpus, tokenizer, length, mixture
         self.rng = random.Random(seed)
-        self.progress = 0.0
+        self.progress = progress
         self._lanes: list[Session] = [self._new() for _ in range(lanes)]
         self._at = [0] * lanes
 

@@ -1,14 +1,13 @@
 """The training loop: truncated backpropagation over lanes with carried memory, data parallel over processes.
 
 Every process owns its lanes and their memories; gradients are summed in one all-reduce of a flat buffer. Matrices take
-Muon (orthogonalised momentum, NL Eq. 42-44), everything else AdamW. A run folder holds `checkpoint.safetensors` (the
-latest, fp32), `state.json`, `log.jsonl` and the exported model folder `model/`.
+Muon (orthogonalised momentum, NL Eq. 42-44), everything else AdamW. A run folder holds what `checkpoint.py` writes,
+`log.jsonl` and the exported model folder `model/`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -18,16 +17,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
+from nested_runtime.errors import ConfigError
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.models.loading import build, save_model
 from nested_runtime.tokenizer import Tokenizer
-from nested_runtime.train.data import Corpus, Lanes, Mixture
+from nested_runtime.train.checkpoint import load_run, save_run
+from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture
 
 __all__ = ["TrainConfig", "Trainer"]
 
+MAX_VOCAB = 1 << 16
 VALUE_WEIGHT = 2.5  # targets weighted above this are values of answers
 
 
@@ -53,6 +54,23 @@ class TrainConfig:
     eval_every: int = 250
     save_every: int = 250
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "lanes", "length", "warmup", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config field {name!r} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr_matrix", "lr_other", "cooldown", "clip", "curriculum"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"config field {name!r} must be a number above 0, got {getattr(self, name)}")
+
+    def build(self) -> LanguageModel:
+        """The model with fresh parameters; ConfigError names what does not fit it."""
+        model = build(self.family, self.model)
+        if self.length % model.chunk:
+            raise ConfigError(f"config field 'length' is {self.length}: give a multiple of the chunk, {model.chunk}")
+        if model.vocab_size > MAX_VOCAB:
+            raise ConfigError(f"config field 'vocab_size' is {model.vocab_size}: tokens are kept as uint16 in training")
+        return model
+
 
 class Trainer:
     """One process of a run."""
@@ -61,11 +79,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.folder, self.rank, self.world = config, tokenizer, folder, rank, world
         self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-        self.model: LanguageModel = build(config.family, config.model).to(self.device)
+        self.model: LanguageModel = config.build().to(self.device)
         self.lanes = Lanes(corpus, tokenizer, config.lanes, config.length, config.seed * 1000 + rank, config.mixture)
-        dialogues = {"echo": 0.0, "pairs": 0.0, "drill": 0.0, "dialogue": 1.0, "chat": 0.0, "prose": 0.0}
-        only = Mixture(dialogues, dialogues, dialogues)
-        self.dev = Lanes(corpus, tokenizer, config.lanes, config.length, 777 + rank, only, split="dev")
+        self.corpus = corpus
         self.optimizers = self._optimizers()
         self.step, self.state = 0, None
         self.per_step = config.lanes * config.length * world
@@ -86,33 +102,40 @@ class Trainer:
         muon = torch.optim.Muon(mine, lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
         return [muon, torch.optim.AdamW(groups, lr=c.lr_other, betas=(0.9, 0.98), fused=True)]
 
+    def _dev_lanes(self) -> Lanes:
+        """The same dialogues at every evaluation, each from its start, so that no session lacks its facts."""
+        dialogues = dict.fromkeys(KINDS, 0.0) | {"dialogue": 1.0}
+        only, c = Mixture(dialogues, dialogues, dialogues), self.config
+        return Lanes(self.corpus, self.tokenizer, c.lanes, c.length, 777 + self.rank, only, split="dev", progress=0.3)
+
     def _schedule(self) -> float:
         c, done = self.config, self.step / self.steps
         ramp = min(1.0, (self.step + 1) / c.warmup)
         return ramp * min(1.0, max(0.02, (1.0 - done) / c.cooldown))
 
-    def _forward(self, lanes: Lanes, state: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+    def _forward(self, lanes: Lanes, state: Any, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
         """loss, number of value tokens right, number of value tokens, next state."""
         tokens_np, weights_np, fresh_np = lanes.next()
         tokens = torch.from_numpy(tokens_np).to(self.device)
         weights = torch.from_numpy(weights_np).to(self.device)
         if state is not None:
-            keep = torch.from_numpy(~fresh_np).to(self.device).float()
-            state = {n: t.detach() * keep.view(-1, *[1] * (t.ndim - 1)).to(t.dtype) for n, t in state.items()}
+            fresh = torch.from_numpy(fresh_np).to(self.device)
+            # Filled, not multiplied: 0 times a diverged lane's NaN would be NaN for ever.
+            state = {n: t.detach().masked_fill(fresh.view(-1, *[1] * (t.ndim - 1)), 0) for n, t in state.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            hidden, state = self.model.scan(tokens[:, :-1], state, 0)
+            hidden, state = self.model.scan(tokens[:, :-1], state, position)
             chosen = weights > 0
             logits = self.model.logits(hidden[chosen])
         targets, weight = tokens[:, 1:][chosen], weights[chosen]
         losses = cross_entropy(logits.float(), targets, reduction="none")
         value = weight > VALUE_WEIGHT
         right = (logits[value].argmax(-1) == targets[value]).sum()
-        return (losses * weight).sum() / weight.sum(), right, value.sum(), state
+        return (losses * weight).sum() / weight.sum().clamp(min=1), right, value.sum(), state
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its figures."""
         self.lanes.progress = min(1.0, self.step / self.steps / self.config.curriculum)
-        loss, right, total, self.state = self._forward(self.lanes, self.state)
+        loss, right, total, self.state = self._forward(self.lanes, self.state, self.step * self.config.length)
         torch.autograd.backward(loss)
         norm = self._reduce()
         scale = self._schedule()
@@ -148,15 +171,17 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, steps: int = 6) -> dict[str, float]:
         """Teacher-forced loss and value-token accuracy on phrasings and values training never sees."""
-        self.dev.progress = 0.3
-        figures = torch.zeros(3)
-        state = None
-        for _ in range(steps):
-            loss, right, total, state = self._forward(self.dev, state)
-            figures += torch.tensor([loss.item(), right.item(), total.item()])
+        dev, state = self._dev_lanes(), None
+        figures = torch.zeros(3, device=self.device)
+        for i in range(steps):
+            loss, right, total, state = self._forward(dev, state, i * self.config.length)
+            figures += torch.stack([loss, right, total])
         if self.world > 1:
             dist.all_reduce(figures)
-        return {"dev_loss": float(figures[0]) / steps / self.world, "dev_value": float(figures[1] / figures[2])}
+        return {
+            "dev_loss": float(figures[0]) / steps / self.world,
+            "dev_value": float(figures[1] / figures[2].clamp(min=1)),
+        }
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train to the end, yielding one record per step; saves and evaluates on the way."""
@@ -167,40 +192,24 @@ class Trainer:
             record["tokens_per_s"] = (self.step - first) * self.per_step / (time.time() - started)
             if self.step % self.config.eval_every == 0 or self.step == self.steps:
                 record |= self.evaluate()
-            if self.rank == 0 and (self.step % self.config.save_every == 0 or self.step == self.steps):
+            if self.step % self.config.save_every == 0 or self.step == self.steps:
                 self.save()
             yield record
 
     def save(self) -> None:
-        """Write checkpoint, state and the exported model; each file is replaced as a whole."""
-        tensors = dict(self.model.state_dict())
-        for i, optimizer in enumerate(self.optimizers):
-            for j, entry in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{i}.{j}.{k}": v for k, v in entry.items() if torch.is_tensor(v)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / "checkpoint.part"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-        part.replace(self.folder / "checkpoint.safetensors")
+        """Write what this process owns of the run; process 0 also exports the model folder."""
         config = {**asdict(self.config), "model": dict(self.config.model)}
-        (self.folder / "state.json").write_text(json.dumps({"step": self.step, "config": config}))
-        save_model(self.folder / "model", self.config.family, self.model, self.tokenizer)
+        save_run(self.folder, self.model, self.optimizers, self.rank, self.step, config)
+        if self.rank == 0:
+            save_model(self.folder / "model", self.config.family, self.model, self.tokenizer)
 
     def resume(self) -> bool:
-        """Continue from the run folder if it holds a checkpoint."""
-        path = self.folder / "checkpoint.safetensors"
-        if not path.exists():
+        """Continue from the run folder if it holds a run."""
+        config = {**asdict(self.config), "model": dict(self.config.model)}
+        step = load_run(self.folder, self.model, self.optimizers, config)
+        if step is None:
             return False
-        tensors = load_file(path)
-        self.step = json.loads((self.folder / "state.json").read_text())["step"]
-        names = set(self.model.state_dict())
-        self.model.load_state_dict({k: v for k, v in tensors.items() if k in names})
-        for i, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, torch.Tensor]] = {}
-            for key, tensor in tensors.items():
-                if key.startswith(f"optimizer.{i}."):
-                    _, _, j, entry = key.split(".", 3)
-                    state.setdefault(int(j), {})[entry] = tensor
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step = step
         self.lanes.rng.seed(self.config.seed * 1000 + self.rank + self.step)
         return True
 
