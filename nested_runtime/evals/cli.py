@@ -6,7 +6,8 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from nested_runtime.evals import fluency, report
 from nested_runtime.evals.exam import Examiner, held_out_exchanges
 from nested_runtime.evals.in_process import InProcess
 from nested_runtime.evals.measures import MEASURES, Item, measure, plans
-from nested_runtime.evals.over_http import OverHttp
+from nested_runtime.evals.over_http import connect
 from nested_runtime.evals.subject import Subject
 from nested_runtime.models.loading import load
 
@@ -35,7 +36,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number over 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number over 0")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
 
 
@@ -58,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", choices=("dev", "test"), default="dev", help="phrasings and values that training never drew")
     add("--sessions", type=_count, default=100)
     add("--facts", type=_count, default=6, help="facts of a session (distance has its own)")
-    add("--filler-tokens", type=int, default=0, metavar="N", help="small talk between telling and asking")
+    add("--filler-tokens", type=_size, default=0, metavar="N", help="small talk between telling and asking")
     add("--slots", type=_count, default=64, help="sessions in one engine step, or connections to the server")
     add(
         "--independent",
@@ -75,10 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _subject(args: argparse.Namespace) -> Subject:
-    if args.base_url:
-        return OverHttp(args.base_url, api_key=args.api_key, model=args.model, connections=args.slots)
-    return InProcess(load(args.model or DEFAULT_MODEL), slots=args.slots)
+@contextmanager
+def _subject(args: argparse.Namespace) -> Iterator[Subject]:
+    if not args.base_url:
+        yield InProcess(load(args.model or DEFAULT_MODEL), slots=args.slots)
+        return
+    with connect(args.base_url, api_key=args.api_key, model=args.model, connections=args.slots) as subject:
+        yield subject
 
 
 def _progress(done: int, total: int) -> None:
@@ -86,9 +96,8 @@ def _progress(done: int, total: int) -> None:
         print(f"\r{done}/{total} sessions", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def _measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def _measure(args: argparse.Namespace, subject: Subject) -> tuple[str, dict[str, Any]]:
     """Run a measure of memory; the tables and their JSON."""
-    subject = _subject(args)
     chats = held_out_exchanges(args.data) if args.data else ()
     examiner = Examiner(args.split, args.seed, subject.lengths, chats)
     items: list[Item] = []
@@ -111,7 +120,8 @@ def _measure(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     started, now = time.monotonic(), datetime.now(UTC)
     if args.command != "fluency":
-        text, body = _measure(args)
+        with _subject(args) as subject:
+            text, body = _measure(args, subject)
     elif args.data is None or not args.data.is_dir():
         print(f"nested-eval fluency: SKIPPED: --data is {args.data}, not a folder of chats and prose", file=sys.stderr)
         return

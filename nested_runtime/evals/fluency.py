@@ -47,9 +47,14 @@ def _rows(loaded: LoadedModel, data: Path, count: int) -> Iterator[dict[str, Any
         if not len(tokens):
             raise ConfigError(f"--data {data} has too little held-out text for a stream of {LENGTH} tokens of {kind}")
         losses = token_losses(loaded.model, torch.from_numpy(tokens))
-        inside, beyond = losses[:, :WINDOW].mean(), losses[:, WINDOW:].mean()
-        figures = {"inside": math.exp(inside), "beyond": math.exp(beyond)}
+        figures = {"inside": _perplexity(losses[:, :WINDOW]), "beyond": _perplexity(losses[:, WINDOW:])}
         yield {"model": loaded.id, "text": kind, "streams": len(tokens), "tokens": losses.numel(), **figures}
+
+
+def _perplexity(losses: torch.Tensor) -> float | None:
+    """None where the memory of a stream diverged."""
+    mean = float(losses.double().mean())
+    return math.exp(mean) if math.isfinite(mean) else None
 
 
 def streams(texts: Sequence[np.ndarray], length: int, *, packed: bool) -> np.ndarray:
@@ -75,11 +80,8 @@ def token_losses(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     width = max(len(row["where"]) for row in rows)
-    head = f"{'perplexity':{width}}  {'text':6} {'tokens':>8} {'first 512':>10} {'beyond':>10}"
-    return "\n".join(
-        [head]
-        + [
-            f"{r['where']:{width}}  {r['text']:6} {r['tokens']:>8} {r['inside']:>10.2f} {r['beyond']:>10.2f}"
-            for r in rows
-        ]
-    )
+    lines = [f"{'perplexity':{width}}  {'text':6} {'tokens':>8} {'first 512':>10} {'beyond':>10}"]
+    for row in rows:
+        inside, beyond = (f"{row[f]:.2f}" if row[f] is not None else "diverged" for f in ("inside", "beyond"))
+        lines.append(f"{row['where']:{width}}  {row['text']:6} {row['tokens']:>8} {inside:>10} {beyond:>10}")
+    return "\n".join(lines)

@@ -67,7 +67,10 @@ class InProcess:
     def sit(self, exams: Many[Exam], *, independent: bool, progress: Progress) -> list[Transcript]:
         """See `Subject.sit`."""
         torch.set_flush_denormal(True)  # decayed memories are slow otherwise
-        return self._drive([self._visit(exam, independent) for exam in exams], progress)
+        try:
+            return self._drive([self._visit(exam, independent) for exam in exams], progress)
+        finally:
+            torch.set_flush_denormal(False)
 
     # ---- one session ------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ from nested_runtime.evals.exam import Exam
 from nested_runtime.evals.subject import MAX_TOKENS, Progress, Transcript
 from nested_runtime.tokenizer import END, SPECIAL
 
-__all__ = ["OverHttp"]
+__all__ = ["OverHttp", "connect"]
 
 END_ID = SPECIAL.index(END)
 EXCHANGES = 100  # of small talk in one request
@@ -23,17 +24,24 @@ TEXTS = 1000  # tokenized in one request
 ATTEMPTS = 8
 
 
-class OverHttp:
-    """Subject over a server's API; its sessions are deleted afterwards. `model`: an id, None = the server's first."""
+@contextmanager
+def connect(
+    base_url: str, *, api_key: str | None = None, model: str | None = None, connections: int = 16
+) -> Iterator[OverHttp]:
+    """A subject behind a URL, with or without /v1. `model`: an id, None = the server's first."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=connections)
+    url = base_url.rstrip("/").removesuffix("/v1")
+    with httpx.Client(base_url=url, headers=headers, timeout=600.0, limits=limits) as http:
+        yield OverHttp(http, model, connections)
 
-    def __init__(
-        self, base_url: str, *, api_key: str | None = None, model: str | None = None, connections: int = 16
-    ) -> None:
-        self.where = base_url.rstrip("/").removesuffix("/v1")
-        self._connections = connections
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=connections)
-        self._http = httpx.Client(base_url=self.where, headers=headers, timeout=600.0, limits=limits)
+
+class OverHttp:
+    """Subject over a server's API, see `connect`; its sessions are deleted afterwards."""
+
+    def __init__(self, http: httpx.Client, model: str | None, connections: int) -> None:
+        self.where = str(http.base_url).rstrip("/")
+        self._http, self._connections = http, connections
         cards = {card["id"]: card for card in self._call("GET", "/v1/models")["data"]}
         self.name = model or next(iter(cards))
         if self.name not in cards:
