@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ __all__ = ["Corpus", "Lanes", "Mixture", "Session", "read_rows", "render_dialogu
 TONES = ("caring", "enthusiastic", "professional", "witty")  # the same questions in other tones: one tone is kept
 HELD_OUT = 100  # one document in so many is never trained on (fluency evaluation)
 DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
+SHORT = 192  # sessions below so many tokens get another part before the filler
+FAR_SHARE, FAR_TOKENS = 0.4, (64, 3000)  # dialogues with a stretch of chat inside (at the end), and its length
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
 
@@ -209,7 +212,7 @@ class Lanes:
     def _new(self) -> Session:
         parts = [self._draw()]
         size = len(parts[0].tokens)
-        while size < 0.75 * self.length:
+        while size < SHORT:
             parts.append(self._draw())
             size += len(parts[-1].tokens)
         segments = -(-(size - 1) // self.length)
@@ -230,9 +233,23 @@ class Lanes:
         kind = self.rng.choices(KINDS, self.mixture.at(self.progress))[0]
         if kind in DRILLS:
             return render_dialogue(DRILLS[kind](self.rng, self.split), self.tokenizer)
-        if kind == "dialogue":
-            return render_dialogue(generate(self.rng, self.split, self._spec(), self._talk()), self.tokenizer)
-        return self._text(kind == "chat")
+        return self._dialogue() if kind == "dialogue" else self._text(kind == "chat")
+
+    def _dialogue(self) -> Session:
+        """A memory dialogue; some have an unrelated stretch of chat between two of their turns."""
+        dialogue = generate(self.rng, self.split, self._spec(), self._talk())
+        if self.rng.random() >= FAR_SHARE * self.progress or len(dialogue.messages) < 4:
+            return render_dialogue(dialogue, self.tokenizer)
+        cut = 2 * self.rng.randint(1, len(dialogue.messages) // 2 - 1)
+        parts = [render_dialogue(replace(dialogue, messages=dialogue.messages[:cut]), self.tokenizer)]
+        left = math.exp(self.rng.uniform(math.log(FAR_TOKENS[0]), math.log(FAR_TOKENS[1])))
+        while left > 0:
+            parts.append(self._text(chat=True))
+            left -= len(parts[-1].tokens)
+        parts.append(render_dialogue(replace(dialogue, messages=dialogue.messages[cut:]), self.tokenizer))
+        return Session(
+            *(np.concatenate(arrays) for arrays in zip(*((p.tokens, p.weights) for p in parts), strict=True))
+        )
 
     def _spec(self) -> DialogueSpec:
         return stage(self.progress * self.rng.random() ** 0.5)
