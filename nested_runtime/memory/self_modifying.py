@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, rms_norm, silu
 
+from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.chunk import chunk_scan
 from nested_runtime.kernels.delta_rule.layout import RuleOptions, rows
 from nested_runtime.kernels.delta_rule.segment import DeltaState, segment
+from nested_runtime.kernels.dispatch import packed_kernels
 from nested_runtime.kernels.short_conv.reference import short_conv
 from nested_runtime.memory.base import State, UpdateRule
 from nested_runtime.state.spec import TensorSpec
@@ -121,6 +123,19 @@ class SelfModifying(UpdateRule):
         shift = self.base.to(dtype) if self.options.retain == "zero" else 0.0
         read, fast = self._scan_fast(inputs, fast._replace(anchor=fast.anchor + shift), position)
         return self.finish(read, gate), {**fast._asdict(), "anchor": fast.anchor - shift, "window": window}
+
+    def apply_packed(self, x: torch.Tensor, pool: State, batch: Batch) -> torch.Tensor:
+        """See `UpdateRule.apply_packed`. The kernels have no backward: while autograd records, the reference runs."""
+        dtype = pool["anchor"].dtype
+        kernels = None if torch.is_grad_enabled() else packed_kernels(x.device.type, dtype)
+        if kernels is None:
+            return super().apply_packed(x, pool, batch)
+        streams, gate, logits = self.project(x)
+        mixed = kernels.packed_conv(streams.to(dtype), pool["window"], self.conv.to(dtype), batch)
+        mixed = mixed.view(-1, 3, self.heads, self.head_dim)
+        base, rates = self.base.to(dtype), self.rates.to(dtype)
+        read = kernels.packed_scan(mixed, logits.to(dtype), base, rates, pool, batch, self.options)
+        return self.finish(read, gate)
 
     def _scan_fast(
         self, inputs: tuple[torch.Tensor, ...], state: DeltaState, position: int

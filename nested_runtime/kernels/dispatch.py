@@ -1,0 +1,79 @@
+"""Which kernels serve a packed batch, chosen once per device and dtype.
+
+`NESTED_KERNELS` = auto (default), reference, numba or triton. "reference" is the torch path of `UpdateRule`; numba
+serves CPU tensors, triton CUDA tensors. An implementation is a pair of modules `short_conv/<name>.py` and
+`delta_rule/<name>.py` with `packed_conv` and `packed_scan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+
+from nested_runtime.config import from_environment
+from nested_runtime.errors import ConfigError
+
+__all__ = ["KernelConfig", "Kernels", "choose", "packed_kernels"]
+
+DEVICES = {"numba": "cpu", "triton": "cuda"}
+DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """kernels: "auto", "reference", "numba" or "triton"."""
+
+    kernels: str = "auto"
+
+    def __post_init__(self) -> None:
+        known = ("auto", "reference", *DEVICES)
+        if self.kernels not in known:
+            raise ConfigError(f"NESTED_KERNELS is {self.kernels!r}; give one of {', '.join(known)}")
+
+
+class Kernels(NamedTuple):
+    """One implementation: see `short_conv/numba.py` and `delta_rule/numba.py` for the signatures."""
+
+    name: str
+    packed_conv: Callable[..., torch.Tensor]
+    packed_scan: Callable[..., torch.Tensor]
+
+
+def choose(config: KernelConfig, device: str, dtype: torch.dtype) -> Kernels | None:
+    """Kernels for tensors of `dtype` on a device type, None for the reference; ConfigError if forced and impossible."""
+    if config.kernels == "reference":
+        return None
+    forced = config.kernels != "auto"
+    name = config.kernels if forced else next((n for n, d in DEVICES.items() if d == device), "")
+    try:
+        _require_support(name, device, dtype)
+        return _load(name)
+    except (ImportError, ConfigError) as error:
+        if not forced:
+            return None
+        remedy = "unset it for the best that works here, or set it to reference"
+        raise ConfigError(f"NESTED_KERNELS={name} cannot be used: {error}; {remedy}") from error
+
+
+@cache
+def packed_kernels(device: str, dtype: torch.dtype) -> Kernels | None:
+    """`choose` with the process's environment, which is read once per device and dtype."""
+    return choose(KernelConfig(**from_environment(KernelConfig)), device, dtype)
+
+
+def _require_support(name: str, device: str, dtype: torch.dtype) -> None:
+    if DEVICES.get(name) != device:
+        raise ConfigError(f"the tensors are on {device!r}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"memories of {dtype} are not supported, only float32 and float64")
+
+
+def _load(name: str) -> Kernels:
+    package = "nested_runtime.kernels"
+    conv, rule = (import_module(f"{package}.{op}.{name}") for op in ("short_conv", "delta_rule"))
+    return Kernels(name, conv.packed_conv, rule.packed_scan)
