@@ -50,3 +50,9 @@ class AnswerCache:
         while self._num_bytes > self._max_bytes:
             _, (_, dropped) = self._answers.popitem(last=False)
             self._num_bytes -= len(dropped)
+
+    def forget(self, tenant: str) -> None:
+        """Drop a tenant's answers."""
+        for mark in [mark for mark in self._answers if mark[0] == tenant]:
+            _, dropped = self._answers.pop(mark)
+            self._num_bytes -= len(dropped)

@@ -20,7 +20,6 @@ from .routes import admin, chat, completions, health, memory, models, responses
 __all__ = ["create_app", "running"]
 
 logger = logging.getLogger("nested.server")
-SWEEP_SECONDS = 60.0
 V1 = (chat.router, completions.router, responses.router, models.router, memory.router)
 
 
@@ -46,6 +45,7 @@ def create_app(service: Service) -> FastAPI:
         keys=service.keys,
         admin_keys=service.admin_keys,
         max_body_bytes=service.settings.max_body_bytes,
+        max_in_flight=service.settings.requests_in_flight,
         log_ids=service.settings.log_ids,
         observe=lambda route, status: service.metrics.requests.labels(route, str(status)).inc(),
     )
@@ -90,7 +90,7 @@ async def running(service: Service) -> AsyncIterator[None]:
 async def _sweep(service: Service) -> None:
     """Now and then: expired sessions leave the store, and sessions deleted elsewhere leave memory."""
     while True:
-        await asyncio.sleep(SWEEP_SECONDS)
+        await asyncio.sleep(service.settings.sweep_seconds)
         try:
             await service.store.sweep()
             await service.vault.forget_deleted()

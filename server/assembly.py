@@ -34,7 +34,7 @@ def assemble(settings: Settings) -> Service:
             settings.data_dir.expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--data-dir {settings.data_dir} cannot be made: {error}") from None
-    store = open_store(settings.store_url, ttl=settings.session_ttl)
+    store = open_store(settings.store_url, ttl=settings.session_ttl, limits=settings.limits)
     return build_service(settings, store, models, keys=keys, admin_keys=admin_keys)
 
 

@@ -40,7 +40,13 @@ STATUSES: tuple[tuple[type[NestedError], int], ...] = (
 )
 BY_CODE = {"idempotency_key_reused": 422, "shutting_down": 503}
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
-CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    429: "overloaded",
+}
 RETRY_SECONDS = 2
 TYPE_TAG = re.compile(r"(str|int|float|bool|list\[.*|dict\[.*)$")
 

@@ -7,7 +7,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from urllib.parse import unquote
 
 from starlette.datastructures import MutableHeaders
@@ -37,6 +39,7 @@ class Gate:
         keys: Keys,
         admin_keys: Keys,
         max_body_bytes: int,
+        max_in_flight: int,
         log_ids: bool,
         observe: Callable[[str, int], None],
     ) -> None:
@@ -44,6 +47,8 @@ class Gate:
         self._keys = keys
         self._admin_keys = admin_keys
         self._max_body_bytes = max_body_bytes
+        self._max_in_flight = max_in_flight
+        self._in_flight: Counter[str] = Counter()
         self._log_ids = log_ids
         self._observe = observe
 
@@ -69,7 +74,8 @@ class Gate:
         try:
             refusal = self._refusal(scope, headers)
             if refusal is None:
-                await self._app(scope, self._bounded(receive), send_with_id)
+                with self._counted(scope):
+                    await self._app(scope, self._bounded(receive), send_with_id)
             else:
                 await error_response(refusal)(scope, receive, send_with_id)
         finally:
@@ -82,7 +88,7 @@ class Gate:
         if path in OPEN:
             return None
         key = bearer(headers)
-        is_admin = path == "/admin" or path.startswith("/admin/")
+        is_admin = _is_admin(path)
         if is_admin and self._admin_keys:
             return None if self._admin_keys.tenant(key) else _unauthorized("the admin key")
         tenant = self._keys.tenant(key) if self._keys else DEFAULT_TENANT
@@ -91,7 +97,28 @@ class Gate:
         if is_admin:
             return HTTPException(404, "the admin API is off; start the server with --admin-key-file")
         scope["state"]["tenant"] = tenant
+        if self._in_flight[tenant] >= self._max_in_flight:
+            return HTTPException(
+                429,
+                f"{self._max_in_flight} requests of yours are running already; retry when some are answered",
+                {"Retry-After": "1"},
+            )
         return None
+
+    @contextmanager
+    def _counted(self, scope: Scope) -> Iterator[None]:
+        """Count a tenant's request while it runs; health checks and the admin are nobody's."""
+        path, tenant = _path(scope), scope["state"]["tenant"]
+        if path in OPEN or _is_admin(path):
+            yield
+            return
+        self._in_flight[tenant] += 1
+        try:
+            yield
+        finally:
+            self._in_flight[tenant] -= 1
+            if not self._in_flight[tenant]:
+                del self._in_flight[tenant]
 
     def _bounded(self, receive: Receive) -> Receive:
         left = self._max_body_bytes
@@ -131,9 +158,9 @@ class Gate:
 
 
 def _kept_slashes(scope: Scope) -> str:
-    """The decoded path, except that %2F stays: a session id may hold a slash (deps.py decodes it)."""
+    """The decoded path, except that %2F stays: a session id or tenant may hold a slash (the routes decode it)."""
     raw: bytes = scope.get("raw_path") or b""
-    if b"/sessions/" not in raw or b"%" not in raw:
+    if b"%" not in raw or (b"/sessions/" not in raw and b"/tenants/" not in raw):
         return str(scope["path"])
     text = raw.decode("latin-1").replace("%25", "%2525").replace("%2F", "%252F").replace("%2f", "%252F")
     return unquote(text)
@@ -142,6 +169,10 @@ def _kept_slashes(scope: Scope) -> str:
 def _path(scope: Scope) -> str:
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "")) or "/"
+
+
+def _is_admin(path: str) -> bool:
+    return path == "/admin" or path.startswith("/admin/")
 
 
 def _digits(value: bytes) -> bytes:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nested_runtime.config import EngineConfig, SessionConfig, from_environment
 from nested_runtime.errors import ConfigError
+from nested_runtime.store.base import Limits
 
 from .settings import Settings
 
@@ -27,22 +29,21 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Settings from arguments; NESTED_<FIELD> variables give defaults of engine and session settings."""
     given = vars(_parser().parse_args(argv))
-    engine = {"slots": given.pop("slots"), "max_batch_tokens": given.pop("max_batch_tokens")}
-    engine |= {"threads": given.pop("threads"), "max_context": given.pop("max_context")}
-    sessions = {"at_rest": given.pop("at_rest")}
+    engine, sessions, limits = (_part(kind, given) for kind in (EngineConfig, SessionConfig, Limits))
     models = tuple(given.pop("model") or (DEFAULT_MODEL,))
     origins = tuple(given.pop("cors_origin") or ())
     return Settings(
         models=models,
         cors_origins=origins,
-        engine=EngineConfig(**_numbers(EngineConfig, engine)),
-        sessions=SessionConfig(**_numbers(SessionConfig, sessions)),
+        engine=EngineConfig(**engine),
+        sessions=SessionConfig(**sessions),
+        limits=Limits(**limits),
         **{name: value for name, value in given.items() if value is not None},
     )
 
 
-def _numbers(config: type[EngineConfig] | type[SessionConfig], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a config: arguments first, then the environment, then the defaults (left out)."""
+def _part(config: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config: arguments (taken out of `given`) first, then the environment; the rest has defaults."""
     defaults = config()
     values: dict[str, Any] = {}
     for name, text in from_environment(config).items():
@@ -51,7 +52,8 @@ def _numbers(config: type[EngineConfig] | type[SessionConfig], given: Mapping[st
             values[name] = kind(text)
         except ValueError:
             raise ConfigError(f"environment variable NESTED_{name.upper()} is {text!r}, not a number") from None
-    return values | {name: value for name, value in given.items() if value is not None}
+    named = {field.name: given.pop(field.name, None) for field in fields(config)}
+    return values | {name: value for name, value in named.items() if value is not None}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--at-rest", choices=("exact", "bf16"), help="how states are stored (default exact)")
     add("--session-ttl", type=float, metavar="SECONDS", help="idle sessions are deleted after this (default never)")
     add("--drain-seconds", type=float, help="how long SIGTERM waits for running turns (default 20)")
+    _add_limits(parser.add_argument_group("limits (the NESTED_<NAME> variables set them too)"))
     add("--log-ids", action="store_true", help="log tenant and session ids in plain text instead of hashes")
     add("--root-path", metavar="PATH", help="path prefix a proxy strips")
     add("--cors-origin", action="append", metavar="ORIGIN", help="allowed browser origin; repeatable")
@@ -81,3 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--ssl-keyfile-password", metavar="TEXT")
     add("--ssl-ca-certs", metavar="FILE")
     return parser
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    """Bounds of requests, of what is stored, and of how long things are waited for."""
+    add = group.add_argument
+    add("--max-body-bytes", type=int, metavar="N", help="larger request bodies are 413 (default 8 MiB)")
+    add("--requests-in-flight", type=int, metavar="N", help="requests of a tenant at a time, then 429 (default 256)")
+    add("--queue", type=int, metavar="N", help="sequences that wait for a slot, then 429 (default 256)")
+    add("--waiting", type=int, metavar="N", help="turns that wait for one session, then 409 (default 8)")
+    add("--wait-seconds", type=float, metavar="S", help="how long they wait before 409 (default 30)")
+    add("--lease-seconds", type=float, metavar="S", help="a server that stops for longer is fenced (default 30)")
+    add("--resident-bytes", type=int, metavar="N", help="memory for states of idle sessions (default 256 MiB)")
+    add("--sessions-per-tenant", type=int, metavar="N", help="then 429 (default 100000)")
+    add("--bytes-per-session", type=int, metavar="N", help="all kept versions together (default 512 MiB)")
+    add("--snapshots-per-session", type=int, metavar="N", help="(default 32)")
+    add("--retain", type=int, metavar="N", help="versions kept beside those of snapshots (default 8)")
+    add("--sweep-seconds", type=float, metavar="S", help="how often expired sessions are erased (default 60)")

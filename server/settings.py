@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nested_runtime.config import EngineConfig, SessionConfig
 from nested_runtime.errors import ConfigError
+from nested_runtime.store.base import Limits
 
 __all__ = ["Settings"]
 
@@ -21,6 +22,8 @@ class Settings:
     max_body_bytes  larger request bodies are 413
     drain_seconds   how long SIGTERM waits for running turns
     keep_alive      seconds between SSE comments while nothing else is sent
+    requests_in_flight  of one tenant at a time; more are 429
+    sweep_seconds   between two looks at expired sessions, and at sessions that another server deleted
     """
 
     models: tuple[str, ...]
@@ -43,14 +46,25 @@ class Settings:
     drain_seconds: float = 20.0
     keep_alive: float = 10.0
     session_ttl: float | None = None
+    requests_in_flight: int = 256
+    sweep_seconds: float = 60.0
     engine: EngineConfig = field(default_factory=EngineConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ConfigError("no model to serve; give --model with a checkpoint folder or name")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; give 0 to 65535")
+        for name in ("max_body_bytes", "requests_in_flight", "sweep_seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give a number over 0")
+        if self.session_ttl is not None and not self.session_ttl >= self.sessions.lease_seconds:
+            raise ConfigError(
+                f"session_ttl is {self.session_ttl:g}, under lease_seconds {self.sessions.lease_seconds:g}: a session "
+                "could expire during its own turn; raise --session-ttl or lower --lease-seconds"
+            )
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("TLS needs both --ssl-keyfile and --ssl-certfile")
         if self.api_key_file is None and not self.insecure and not self.is_local:

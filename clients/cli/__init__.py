@@ -1,1 +1,1 @@
-"""The `nested` command: chat, sessions, doctor."""
+"""The `nested` command: chat, sessions, admin, doctor."""

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from ..python import DEFAULT_BASE_URL, APIError, Client, ClientError, ConfigError, ServerError
-from . import chat, doctor, sessions
+from . import admin, chat, doctor, sessions
 from .output import Output
 
 __all__ = ["main", "parser"]
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"nested {_version()}")
     commands: Any = top.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for module in (chat, sessions, doctor):
+    for module in (chat, sessions, admin, doctor):
         module.add(commands, shared)
     return top
 
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _client(args: argparse.Namespace) -> Client:
     options: dict[str, Any] = {"timeout": args.timeout} if "timeout" in args else {}
-    return Client(getattr(args, "base_url", None), getattr(args, "api_key", None), **options)
+    key = getattr(args, "api_key", None) or os.environ.get(getattr(args, "key_variable", ""))
+    return Client(getattr(args, "base_url", None), key, **options)
 
 
 def _version() -> str:

@@ -11,6 +11,7 @@ with Client() as client:
 
 from __future__ import annotations
 
+from .admin import Admin, AsyncAdmin
 from .client import DEFAULT_BASE_URL, AsyncClient, AsyncSession, Client, Session
 from .drivers import AsyncReplyStream, ReplyStream
 from .errors import (
@@ -31,6 +32,8 @@ from .types import ChatOptions, Learn, Level, Message, Model, Reply, SessionInfo
 __all__ = [
     "DEFAULT_BASE_URL",
     "APIError",
+    "Admin",
+    "AsyncAdmin",
     "AsyncClient",
     "AsyncReplyStream",
     "AsyncSession",

@@ -31,3 +31,9 @@ class Backend(Protocol):
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges for /metrics and /admin/stats."""
+
+    def evict(self, prefix: tuple[str, ...]) -> int:
+        """Forget what is cached under keys that start with `prefix`, the tenant first; () = everything."""
+
+    async def check(self) -> list[str]:
+        """Look whether the working memory is in order; one line per problem, empty = healthy."""

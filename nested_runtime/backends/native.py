@@ -21,6 +21,7 @@ from nested_runtime.state.cache import StateCache
 
 __all__ = ["NativeBackend", "TokenStream"]
 
+CHECK_SECONDS = 60.0
 EventQueue = asyncio.Queue[TokenEvent]
 
 
@@ -151,6 +152,26 @@ class NativeBackend:
         """Forget retained states and cached prefixes whose key starts with `prefix`; returns how many were retained."""
         self._post(lambda: self._engine.forget_prefixes(prefix))
         return self._residents.forget(prefix)
+
+    async def check(self) -> list[str]:
+        """Slot accounting, and whether every slot not in use is zero: one line per problem, empty = healthy."""
+        if self._loop is None or self._closed_because is not None:
+            return [f"model {self.model_id!r} takes no work: {self._closed_because}"]
+        found: asyncio.Future[list[str]] = self._loop.create_future()
+
+        def look() -> None:
+            problems = []
+            try:
+                self._engine.pool.check_integrity(deep=True)
+            except NestedError as error:
+                problems.append(f"model {self.model_id!r}: {error}")
+            self._call(lambda: None if found.done() else found.set_result(problems))
+
+        self._post(look)
+        try:
+            return await asyncio.wait_for(found, CHECK_SECONDS)
+        except TimeoutError:
+            return [f"model {self.model_id!r}: its engine did not answer within {CHECK_SECONDS:g} s"]
 
     def stats(self) -> dict[str, Any]:
         """Engine.stats() and: streams, residents, resident_bytes, accepting (bool)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Query
 
@@ -53,26 +54,31 @@ async def list_all(
 @router.get("/tenants/{tenant}/sessions/{id}")
 async def show(tenant: str, id: str, service: ServiceDep) -> dict[str, Any]:
     """One session with its kept versions."""
-    key = SessionKey(tenant, id)
+    key = _key(tenant, id)
     info = await service.store.info(key)
     if info is None:
-        raise NotFound(f"tenant {tenant!r} has no session {id!r}; list its sessions")
+        raise NotFound(f"tenant {key.tenant!r} has no session {key.session!r}; list its sessions")
     versions = [version_body(version) for version in await service.store.versions(key)]
-    return {"tenant": tenant, **info_body(info), "history": versions}
+    return {"tenant": key.tenant, **info_body(info), "history": versions}
 
 
 @router.delete("/tenants/{tenant}/sessions/{id}")
 async def delete(tenant: str, id: str, service: ServiceDep) -> dict[str, Any]:
     """Erase one session."""
-    return {"deleted": int(await service.manager.delete(SessionKey(tenant, id)))}
+    return {"deleted": int(await service.manager.delete(_key(tenant, id)))}
 
 
 @router.delete("/tenants/{tenant}")
 async def erase(tenant: str, service: ServiceDep, prefix: Annotated[str, Query(max_length=256)] = "") -> dict[str, Any]:
-    """Erase a tenant's sessions, or those whose id begins exactly with `prefix`. Never a pattern."""
+    """Erase a tenant's sessions, or those whose id begins exactly with `prefix`. Never a pattern.
+
+    Without a prefix also what is kept of its memoryless requests: cached prompt prefixes and answers.
+    """
+    tenant = unquote(tenant)
     if not prefix:
         deleted = await service.store.erase(tenant)
-        service.vault.forget_tenant(tenant)
+        service.answers.forget(tenant)
+        _evict(service, tenant)
         return {"deleted": deleted}
     found: list[SessionKey] = []
     cursor: str | None = None
@@ -87,8 +93,8 @@ async def erase(tenant: str, service: ServiceDep, prefix: Annotated[str, Query(m
 
 @router.post("/evict")
 async def evict(service: ServiceDep, tenant: str | None = None) -> dict[str, Any]:
-    """Drop resident states (of one tenant); they are read from the store again when needed."""
-    return {"evicted": service.vault.forget_tenant(tenant)}
+    """Drop resident states and cached prompts (of one tenant); they are read or made again when needed."""
+    return {"evicted": _evict(service, tenant)}
 
 
 @router.post("/flush")
@@ -111,9 +117,22 @@ async def drain(service: ServiceDep, seconds: Annotated[float, Query(ge=0, le=60
 
 @router.post("/fsck")
 async def fsck(service: ServiceDep) -> dict[str, Any]:
-    """Check everything stored, checksums included."""
+    """Check everything stored, checksums included, and every slot of the engines."""
     problems = await service.store.fsck()
+    for model in service.runtime.models.values():
+        problems += await model.backend.check()
     return {"healthy": not problems, "problems": problems}
+
+
+def _key(tenant: str, id: str) -> SessionKey:
+    """Of a path, where the middleware left %2F and %25 as they were."""
+    return SessionKey(unquote(tenant), unquote(id))
+
+
+def _evict(service: Service, tenant: str | None) -> int:
+    for model in service.runtime.models.values():
+        model.backend.evict(() if tenant is None else (tenant,))
+    return service.vault.forget_tenant(tenant)
 
 
 def _working(service: Service) -> int:

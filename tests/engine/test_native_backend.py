@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -41,7 +40,8 @@ def play(model: Any, scenario: Scenario, **options: Any) -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
     engine.pool.check_integrity(deep=True)
     assert engine.pool.num_free == engine.pool.capacity
-    assert not [thread for thread in threading.enumerate() if thread.name == "nested-engine"]
+    assert backend._thread is not None
+    assert not backend._thread.is_alive()
 
 
 async def collect(backend: NativeBackend, sequence: Sequence) -> list[TokenEvent]:
