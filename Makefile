@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_AR
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python 3.11 or set PYTHON=/path/to/python" >&2; exit 2; }
@@ -72,6 +72,16 @@ redis:
 .PHONY: pytest
 pytest: venv redis
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+.PHONY: test-faults
+test-faults: venv redis ## kill, cut, pause and feed it garbage (NESTED_FAULT_POINTS=100)
+	@NESTED_FAULT_POINTS=$${NESTED_FAULT_POINTS:-100} OMP_NUM_THREADS=1 \
+		$(BIN)/pytest tests/faults -n $(WORKERS) -m "not soak" --durations=10 -rP $(ARGS)
+
+.PHONY: soak
+soak: venv redis ## mixed load for NESTED_SOAK_SECONDS (600) on SQLite and on Redis
+	@NESTED_SOAK_SECONDS=$${NESTED_SOAK_SECONDS:-600} OMP_NUM_THREADS=1 \
+		$(BIN)/pytest tests/faults/test_soak.py -n $(WORKERS) -m soak -rP $(ARGS)
 
 .PHONY: test
 test: lint types pytest ## lint, types, import contracts, then every test
