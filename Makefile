@@ -86,6 +86,27 @@ soak: venv redis ## mixed load for NESTED_SOAK_SECONDS (600) on SQLite and on Re
 .PHONY: test
 test: lint types pytest ## lint, types, import contracts, then every test
 
+# Other people's clients, each in an environment of its own: their pins contradict one another. What cannot be installed
+# is skipped by the tests, visibly.
+COMPAT := .venv-compat
+OPENAI_NODE := 7.57.0
+COMPAT_CLIENTS := $(patsubst tests/compat/requirements/%.txt,$(COMPAT)/%/.installed,$(wildcard tests/compat/requirements/*.txt))
+
+$(COMPAT)/%/.installed: tests/compat/requirements/%.txt | $(BIN)/python
+	@echo "Installing $* into $(COMPAT)/$*"
+	@$(BIN)/python -m venv $(COMPAT)/$* && \
+		{ $(COMPAT)/$*/bin/python -m pip install --disable-pip-version-check --quiet -r $< && touch $@ || \
+		echo "WARNING: $* could not be installed; its tests will be skipped" >&2; }
+
+$(COMPAT)/node/.installed-$(OPENAI_NODE):
+	@mkdir -p $(COMPAT)/node; command -v npm >/dev/null && \
+		npm install --silent --no-package-lock --no-audit --no-fund --prefix $(COMPAT)/node openai@$(OPENAI_NODE) && touch $@ || \
+		echo "WARNING: openai-node could not be installed; its test will be skipped" >&2
+
+.PHONY: test-compat
+test-compat: venv $(COMPAT_CLIENTS) $(COMPAT)/node/.installed-$(OPENAI_NODE) ## clients nobody here wrote, against a real server
+	@NESTED_COMPAT=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/compat $(ARGS)
+
 .PHONY: bench
 bench: venv ## measure; numbers to stdout
 	@found=0; for file in benchmarks/bench_*.py; do \
@@ -98,5 +119,5 @@ docs: venv ## check that README and docs name only what exists
 
 .PHONY: clean
 clean: ## remove the environment and every cache
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
+	rm -rf $(VENV) $(COMPAT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

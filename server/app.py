@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from nested_runtime.errors import StoreError
 
-from . import errors
+from . import errors, openapi
 from .deps import Service
 from .middleware import Gate
 from .routes import admin, chat, completions, health, memory, models, responses
@@ -31,7 +31,7 @@ def create_app(service: Service) -> FastAPI:
         description="OpenAI's API with a memory per session: send X-Session-ID.",
         root_path=service.settings.root_path,
         lifespan=_lifespan,
-        responses={code: {"model": errors.ErrorBody} for code in (400, 401, 404, 409, 422, 429, 500, 503)},
+        responses={400: {"model": errors.ErrorBody}},  # the others: openapi.py
     )
     app.state.service = service
     for router in V1:
@@ -40,6 +40,7 @@ def create_app(service: Service) -> FastAPI:
     for router in (models.root_router, health.router, admin.router):
         app.include_router(router)
     errors.install(app)
+    openapi.install(app, service)
     app.add_middleware(
         Gate,
         keys=service.keys,

@@ -26,7 +26,8 @@ from .sse import DONE, EventStream, event, until_disconnected
 __all__ = ["Chunks", "Exchange", "run_all"]
 
 Event = Started | Delta | Finished
-CLIENT_GONE = 499
+RETRY_COUNT = "x-stainless-retry-count"  # sent by OpenAI's clients, which send no Idempotency-Key
+UNNAMED = "automatic"  # the answers to their requests, by version
 
 
 class Chunks(Protocol):
@@ -110,6 +111,8 @@ class Exchange:
         cached = None
         if key is not None and learns:
             turns = [replace(turns[0], answer=Answer(key, digest, self._rendered))]
+        elif learns and self._attempt is not None:
+            turns = [replace(turns[0], answer=Answer(UNNAMED, digest, self._rendered, self._attempt))]
         elif key is not None:
             cached = self.service.answers.begin(self.caller.tenant, key, digest)
         if cached is not None:
@@ -239,14 +242,24 @@ class Exchange:
         """The caller's key (header Idempotency-Key or body request_id) and the digest of what was asked."""
         key = self.request.headers.get("idempotency-key", self.body.request_id)
         if key is None and self.answer_key is None:
-            return None, ""
+            return None, "" if self._attempt is None else await self._asked()
         if key is not None and (not 1 <= len(key) <= 256 or not key.isprintable()):
             raise RequestError(
                 f"Idempotency-Key has {len(key)} characters, some perhaps unprintable; send 1 to 256 printable ones",
                 param="Idempotency-Key",
             )
-        asked = hashlib.sha256(self.request.url.path.removeprefix("/v1").encode() + b"\n" + await self.request.body())
-        return self.answer_key or key, asked.hexdigest()
+        return self.answer_key or key, await self._asked()
+
+    async def _asked(self) -> str:
+        """Digest of path and body."""
+        path = self.request.url.path.removeprefix("/v1")
+        return hashlib.sha256(path.encode() + b"\n" + await self.request.body()).hexdigest()
+
+    @property
+    def _attempt(self) -> int | None:
+        """How often an OpenAI client has tried this request before, by itself; None = the client does not say."""
+        text = self.request.headers.get(RETRY_COUNT, "")
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 4 else None
 
     def _remember(self, remember: tuple[str, str] | None, data: bytes | None) -> None:
         if remember is not None:

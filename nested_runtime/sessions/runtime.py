@@ -11,7 +11,7 @@ from nested_runtime.errors import Conflict, HistoryConflict, NestedError, NotFou
 from nested_runtime.sessions import history
 from nested_runtime.sessions.generate import Outcome, generate
 from nested_runtime.sessions.history import Match, Record
-from nested_runtime.sessions.turns import Finished, Report, Turn, TurnEvent
+from nested_runtime.sessions.turns import Answer, Finished, Report, Turn, TurnEvent
 from nested_runtime.sessions.vault import ServedModel, Start, Vault, record_of
 from nested_runtime.store.base import Lease, SessionKey, StoredAnswer, Version
 
@@ -156,6 +156,8 @@ class Runtime:
         """The answer this request already got, if its key was answered; RequestError when the body differs."""
         if turn.answer is None:
             return None
+        if turn.answer.attempt is not None:
+            return await self._retried(turn.answer, key)
         stored = await self.vault.store.answer(key, turn.answer.key)
         if stored is None:
             return None
@@ -168,10 +170,20 @@ class Runtime:
             )
         return Finished(text="", finish_reason="stop", prompt_tokens=0, replayed=stored.answer)
 
+    async def _retried(self, answer: Answer, key: SessionKey) -> Finished | None:
+        """The answer that never reached a client which tries again by itself: the head's, if it is to the same body."""
+        head = await self.vault.store.head(key) if answer.attempt else None
+        if head is None:
+            return None
+        stored = await self.vault.store.answer(key, _of_version(answer, head.number))
+        if stored is None or stored.body_digest != answer.body_digest:
+            return None
+        return Finished(text="", finish_reason="stop", prompt_tokens=0, replayed=stored.answer)
+
     @contextmanager
     def _only_once(self, turn: Turn, key: SessionKey) -> Iterator[None]:
         """Refuse a request whose idempotency key is being answered right now."""
-        if turn.answer is None:
+        if turn.answer is None or turn.answer.attempt is not None:  # without a key the lease makes them wait
             yield
             return
         mark = (key, turn.answer.key)
@@ -233,4 +245,11 @@ def _record(turn: Turn, plan: _Plan, finished: Finished) -> Record | None:
 def _stored(turn: Turn, finished: Finished) -> StoredAnswer | None:
     if turn.answer is None:
         return None
-    return StoredAnswer(turn.answer.key, turn.answer.body_digest, turn.answer.render(finished))
+    key = turn.answer.key
+    if turn.answer.attempt is not None and finished.session is not None:
+        key = _of_version(turn.answer, finished.session.version)
+    return StoredAnswer(key, turn.answer.body_digest, turn.answer.render(finished))
+
+
+def _of_version(answer: Answer, number: int) -> str:
+    return f"{answer.key}:{number}"

@@ -21,11 +21,17 @@ A recurrent model cannot read without its state moving, so this says which state
 
 @dataclass(frozen=True)
 class Answer:
-    """Idempotency: what to store, in the same atomic commit as the memory, under the caller's key."""
+    """Idempotency: what to store, in the same atomic commit as the memory, under the caller's key.
+
+    attempt   None = the caller gave the key. A number = he gave none, but counts his automatic retries (the OpenAI
+              clients do): the answer is kept as that of the version it makes, and an attempt after the first gets it
+              again if nothing has changed the session since
+    """
 
     key: str
     body_digest: str
     render: Callable[[Finished], bytes]
+    attempt: int | None = None
 
 
 @dataclass(frozen=True)
