@@ -63,6 +63,11 @@ def write_model(folder: Path, seed: int, name: str, **sizes: int) -> Path:
 
 
 @pytest.fixture(scope="session")
+def write_tiny() -> Callable[..., Path]:
+    return write_model
+
+
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "tiny", 1, "tiny")
 

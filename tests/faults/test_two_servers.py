@@ -45,7 +45,8 @@ def test_twenty_turns_at_once(
         answered = sorted(reply.json()["session"]["version"] for reply in replies if reply.status_code == 200)
         assert answered == list(range(1, codes[200] + 1))
         for refused in (reply for reply in replies if reply.status_code == 409):
-            assert refused.json()["error"]["code"] == ("session_busy" if expect is None else "version_conflict")
+            wanted = {"session_busy"} if expect is None else {"session_busy", "version_conflict"}
+            assert refused.json()["error"]["code"] in wanted
             assert refused.headers["x-should-retry"] == "false"
         assert settled(first, "shared") == settled(second, "shared")
         assert settled(first, "shared")["version"] == codes[200]
