@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
 import sys
@@ -15,6 +14,7 @@ import uvicorn
 
 from nested_runtime.errors import ConfigError, NestedError
 
+from . import logs
 from .app import create_app, running
 from .assembly import assemble
 from .deps import Service
@@ -26,9 +26,9 @@ __all__ = ["listening", "main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop. Exit status 2 = bad options, model or store."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = parse(argv)
+        logs.configure(settings.log_format)
         service = assemble(settings)
         asyncio.run(_serve(settings, service))
     except NestedError as error:

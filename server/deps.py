@@ -27,6 +27,7 @@ __all__ = [
     "ServiceDep",
     "caller_of",
     "expected_version",
+    "named_session",
     "session_key",
 ]
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .auth import DEFAULT_TENANT, Keys, bearer
 from .errors import error_response
+from .logs import FIELDS
 
 __all__ = ["Gate"]
 
@@ -140,20 +141,21 @@ class Gate:
         state = scope["state"]
         route = getattr(scope.get("route"), "path", "(none)")
         self._observe(route, status)
-        logger.info(
-            "%s %s %d %.0fms request=%s tenant=%s session=%s",
-            scope["method"],
-            route,
-            status,
-            seconds * 1000,
-            state["request_id"],
-            self._shown(state["tenant"]),
-            self._shown(state.get("session", "")),
-        )
+        said = {
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "milliseconds": round(seconds * 1000),
+            "request": state["request_id"],
+            "tenant": self._shown(state["tenant"]),
+            "session": self._shown(state.get("session", "")),
+        }
+        text = "%(method)s %(route)s %(status)d %(milliseconds)dms request=%(request)s tenant=%(tenant)r "
+        logger.info(text + "session=%(session)r", said, extra={FIELDS: said})
 
     def _shown(self, name: str) -> str:
         if self._log_ids or not name:
-            return repr(name)
+            return name
         return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 

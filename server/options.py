@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--drain-seconds", type=float, help="how long SIGTERM waits for running turns (default 20)")
     _add_limits(parser.add_argument_group("limits (the NESTED_<NAME> variables set them too)"))
     add("--log-ids", action="store_true", help="log tenant and session ids in plain text instead of hashes")
+    add("--log-format", choices=("text", "json"), help="json: one object a line (default text)")
     add("--root-path", metavar="PATH", help="path prefix a proxy strips")
     add("--cors-origin", action="append", metavar="ORIGIN", help="allowed browser origin; repeatable")
     add("--ssl-keyfile", metavar="FILE")

@@ -35,6 +35,7 @@ class Settings:
     admin_key_file: Path | None = None
     insecure: bool = False
     log_ids: bool = False
+    log_format: str = "text"
     uds: str | None = None
     root_path: str = ""
     cors_origins: tuple[str, ...] = ()

@@ -101,6 +101,10 @@ class SessionManager:
                 return version
         raise NotFound(f"session {key.session!r} has no version {number} (never written, or no longer kept)")
 
+    async def create(self, key: SessionKey, model: ServedModel) -> Version:
+        """A session that has read nothing yet; Conflict when it exists."""
+        return await self._create(key, Start(), model, kind="create")
+
     async def fork(self, key: SessionKey, target: SessionKey, number: int | None = None) -> Version:
         """A new session with the state of a version of this one; Conflict when `target` exists."""
         source = await self.version(key, number)

@@ -56,7 +56,7 @@ class SessionKey:
 class Draft:
     """What a committer says about a version; the store adds number, parent, size and time.
 
-    kind            "turn", "learn", "reset", "restore", "fork", "import" or "consolidate"
+    kind            "turn", "learn", "create", "reset", "restore", "fork" or "import"
     tokens          session tokens absorbed by the state
     digest          of the uncompressed state
     fingerprint     of the model whose state this is; `model` is the name it was served under

@@ -13,10 +13,11 @@ from nested_runtime.errors import NotFound, RequestError
 from nested_runtime.sessions import Turn
 from nested_runtime.store.base import SessionKey, Version
 
-from ..deps import CallerDep, Expected, Named, Service, ServiceDep
+from ..deps import CallerDep, Expected, Named, Service, ServiceDep, named_session
 from ..schemas.chat import text_of
 from ..schemas.common import session_body
 from ..schemas.sessions import (
+    CreateRequest,
     ForkRequest,
     LearnRequest,
     ResetRequest,
@@ -52,6 +53,17 @@ async def list_sessions(
     """The caller's sessions by id; `next` continues after a page."""
     page = await service.store.sessions(caller.tenant, cursor=cursor, limit=limit)
     return {"object": "list", "data": [info_body(info) for info in page.sessions], "next": page.cursor}
+
+
+@router.post("")
+async def create_session(
+    request: Request, service: ServiceDep, caller: CallerDep, body: CreateRequest | None = None
+) -> JSONResponse:
+    """A session with a fresh memory. The first turn with a new id makes one too; this one is refused if it exists."""
+    wanted = body or CreateRequest(id=None, model=None)
+    key = named_session(request, wanted.id if wanted.id is not None else uuid.uuid4().hex)
+    model = service.model(wanted.model if wanted.model is not None else next(iter(service.runtime.models)))
+    return _written(key, await service.manager.create(key, model))
 
 
 @router.get("/{id}")

@@ -95,9 +95,12 @@ async def detokenize(body: DetokenizeRequest, service: ServiceDep) -> dict[str, 
 
 @root_router.get("/tokenizer_info")
 async def tokenizer_info(service: ServiceDep, model: str | None = Query(None)) -> dict[str, Any]:
-    """Vocabulary size and special tokens."""
+    """Vocabulary size and special tokens, under vLLM's names too. A prompt that spells one of them is plain text."""
     tokenizer = _chosen(service, model).tokenizer
     return {
+        "eos_token": tokenizer.token(tokenizer.end_id),
+        "bos_token": None,
+        "pad_token": tokenizer.token(0),
         "tokenizer_class": "ByteLevelBPE",
         "vocab_size": tokenizer.vocab_size,
         "end_token_id": tokenizer.end_id,

@@ -196,7 +196,6 @@ class ResponseReply:
             "output": [],
             "parallel_tool_calls": False,
             "previous_response_id": asked.previous_response_id,
-            "store": asked.store is not False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
             "text": {"format": {"type": "text"}},
             "tool_choice": "none",

@@ -12,6 +12,7 @@ from .chat import Message
 from .common import Closed
 
 __all__ = [
+    "CreateRequest",
     "ForkRequest",
     "LearnRequest",
     "ResetRequest",
@@ -21,6 +22,13 @@ __all__ = [
     "snapshot_body",
     "version_body",
 ]
+
+
+class CreateRequest(Closed):
+    """POST /v1/sessions."""
+
+    id: str | None = Field(None, min_length=1, max_length=256, description="None = a random one")
+    model: str | None = Field(None, description="None = the server's first")
 
 
 class ResetRequest(Closed):

@@ -196,10 +196,18 @@ class Process:
     def client(self, **kwargs: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120.0, **kwargs)
 
-    def stop(self, number: int = signal.SIGKILL) -> int:
+    def send(self, number: int) -> None:
         assert self._process is not None
         self._process.send_signal(number)
-        return self._process.wait(30)
+
+    def wait(self, seconds: float = 60) -> int:
+        """The exit status."""
+        assert self._process is not None
+        return self._process.wait(seconds)
+
+    def stop(self, number: int = signal.SIGKILL) -> int:
+        self.send(number)
+        return self.wait()
 
 
 @pytest.fixture
