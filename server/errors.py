@@ -101,7 +101,7 @@ def error_response(error: BaseException, headers: Mapping[str, str] | None = Non
 
 def _invalid(error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
-    place = [str(part) for part in first.get("loc", ())[1:]]
+    place = [str(part).encode("utf-8", "replace").decode() for part in first.get("loc", ())[1:]]
     place = place[: next((i for i, part in enumerate(place) if TYPE_TAG.match(part)), None)]  # members of a union
     if first.get("type") == "json_invalid":
         return JSONResponse(

@@ -37,6 +37,12 @@ HEADERS = (
     ("X-Request-Id", "Repeated in the answer and in the log", 128),
 )
 VISIBLE = "^[!-~]+$"
+BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+ANSWERS = {
+    "/v1/sessions/{id}/export": BYTES,
+    "/metrics": {"text/plain": {"schema": {"type": "string"}}},
+    **{path: {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}} for path in GENERATING},
+}
 Operation = dict[str, Any]
 
 
@@ -89,10 +95,12 @@ def _describe(path: str, operation: Operation, names: list[str]) -> None:
     operation["responses"] = answers
     for parameter in operation.get("parameters", ()):
         _bound(parameter, names)
+    if path in ANSWERS:
+        answers["200"]["content"] = ANSWERS[path]
+    if path == "/v1/sessions/{id}/import":
+        operation["requestBody"] = {"required": True, "content": BYTES}
     if path in GENERATING:
-        body = answers["200"]
-        body["headers"] = {"X-Session-Version": {"schema": {"type": "string", "pattern": "^[0-9]+$"}}}
-        body["content"] = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
+        answers["200"]["headers"] = {"X-Session-Version": {"schema": {"type": "string", "pattern": "^[0-9]+$"}}}
         operation.setdefault("parameters", []).extend(_header(*header) for header in HEADERS)
 
 

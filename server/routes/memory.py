@@ -17,6 +17,7 @@ from ..deps import CallerDep, Expected, Named, Service, ServiceDep, named_sessio
 from ..schemas.chat import text_of
 from ..schemas.common import session_body
 from ..schemas.sessions import (
+    MAX_VERSION,
     CreateRequest,
     ForkRequest,
     LearnRequest,
@@ -181,7 +182,7 @@ async def levels(key: Named, service: ServiceDep) -> dict[str, Any]:
 
 @router.get("/{id}/export")
 async def export_session(
-    key: Named, service: ServiceDep, version: Annotated[int | None, Query(ge=1)] = None
+    key: Named, service: ServiceDep, version: Annotated[int | None, Query(ge=1, le=MAX_VERSION)] = None
 ) -> Response:
     """The memory as a safetensors file that import takes back."""
     found, blob = await service.manager.export(key, version)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nested_runtime.core import SamplingParams
 from nested_runtime.errors import RequestError
 from nested_runtime.sessions import Report
 
 __all__ = ["Closed", "Generation", "MemoryOptions", "StreamOptions", "Strict", "known_but_unsupported", "session_body"]
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode (a lone surrogate?)") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+"""Text that is repeated in the reply."""
 
 
 class Strict(BaseModel):
@@ -69,8 +81,8 @@ class Generation(Strict):
     max_tokens: int | None = Field(None, ge=0)
     stop_token_ids: list[int] | None = Field(None, max_length=64)
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    user: Text | None = None
+    metadata: dict[Text, Text] | None = None
     session_id: str | None = None
     request_id: str | None = None
     memory: MemoryOptions = Field(default_factory=lambda: MemoryOptions.model_validate({}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field
@@ -90,6 +90,7 @@ class CompletionReply:
     echo: bool
     logprobs: int | None
     include_usage: bool
+    lengths: dict[int, int] = field(default_factory=dict)  # characters of a streamed choice's tokens so far
 
     def body(self, finished: Sequence[Finished]) -> dict[str, Any]:
         """The whole reply."""
@@ -118,11 +119,14 @@ class CompletionReply:
     def start(self, index: int) -> list[dict[str, Any]]:
         """See `exchange.Chunks`."""
         text = self.prompts[index // self.count].text
+        self.lengths[index] = len(text) if self.echo else 0
         return [self._chunk(self._choice(index, text, None, None))] if self.echo else []
 
     def delta(self, index: int, delta: Delta, usage: dict[str, Any] | None) -> list[dict[str, Any]]:
         """See `exchange.Chunks`."""
-        logprobs = self._logprobs(delta.logprobs, 0) if delta.logprobs else None
+        logprobs = self._logprobs(delta.logprobs, self.lengths[index]) if delta.logprobs else None
+        if logprobs is not None:
+            self.lengths[index] += sum(len(token) for token in logprobs["tokens"])
         return [self._chunk(self._choice(index, delta.text, logprobs, None), usage)] if delta.text or logprobs else []
 
     def end(self, index: int, finished: Finished) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from .chat import Message
 from .common import Closed
 
 __all__ = [
+    "MAX_VERSION",
     "CreateRequest",
     "ForkRequest",
     "LearnRequest",
@@ -22,6 +23,9 @@ __all__ = [
     "snapshot_body",
     "version_body",
 ]
+
+
+MAX_VERSION = (1 << 53) - 1  # what JSON numbers hold everywhere
 
 
 class CreateRequest(Closed):
@@ -47,7 +51,7 @@ class ResetRequest(Closed):
 class SnapshotRequest(Closed):
     """POST .../snapshot."""
 
-    version: int | None = Field(None, ge=1)
+    version: int | None = Field(None, ge=1, le=MAX_VERSION)
     label: str = Field("", max_length=256)
 
 
@@ -55,14 +59,14 @@ class RestoreRequest(Closed):
     """POST .../restore: one of the two."""
 
     snapshot: str | None = None
-    version: int | None = Field(None, ge=1)
+    version: int | None = Field(None, ge=1, le=MAX_VERSION)
 
 
 class ForkRequest(Closed):
     """POST .../fork."""
 
     id: str = Field(description="id of the new session")
-    version: int | None = Field(None, ge=1)
+    version: int | None = Field(None, ge=1, le=MAX_VERSION)
 
 
 class LearnRequest(Closed):

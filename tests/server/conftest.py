@@ -196,6 +196,9 @@ class Process:
     def client(self, **kwargs: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120.0, **kwargs)
 
+    def log(self) -> str:
+        return self._log.read_text()
+
     def send(self, number: int) -> None:
         assert self._process is not None
         self._process.send_signal(number)

@@ -99,3 +99,13 @@ def test_bad_requests(client: httpx.Client, change: dict[str, Any], param: str) 
     reply = client.post("/v1/completions", json={"model": "tiny", "prompt": "a", **change})
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"] == param
+
+
+def test_offsets_of_a_stream_go_on(client: httpx.Client) -> None:
+    ask = {"model": "tiny", "prompt": "Once", "max_tokens": 6, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+    whole = client.post("/v1/completions", json=ask).json()["choices"][0]["logprobs"]["text_offset"]
+    lines = client.post("/v1/completions", json={**ask, "stream": True}).text.split("\n")
+    choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    offsets = [offset for one in choices if one["logprobs"] for offset in one["logprobs"]["text_offset"]]
+    assert offsets == whole
+    assert len(set(whole)) == 6

@@ -96,3 +96,13 @@ def test_bad_requests(client: httpx.Client, change: dict[str, Any], param: str) 
     reply = client.post("/v1/responses", json={"model": "tiny", "input": "a", **change})
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "fields", [r'"user": "\ud800"', r'"metadata": {"\ud800": "x"}', r'"metadata": {"x": "\udfff"}']
+)
+def test_text_that_cannot_be_repeated(client: httpx.Client, fields: str) -> None:
+    body = f'{{"model": "tiny", "input": "a", {fields}}}'
+    reply = client.post("/v1/responses", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400, reply.text
+    assert "surrogate" in reply.json()["error"]["message"] or "unicode" in reply.json()["error"]["message"]

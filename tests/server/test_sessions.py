@@ -193,3 +193,24 @@ def test_a_memory_of_another_model_is_refused(
         assert client.put("/v1/sessions/t/import?model=other", content=blob).status_code == 409
         assert content(chat(client, "hi", model="other"))
         assert info(client, "s")["version"] == 1
+
+
+def test_create(client: httpx.Client, chat: Any) -> None:
+    made = client.post("/v1/sessions", json={"id": "made"})
+    assert made.status_code == 200, made.text
+    assert made.json()["version"] == 1
+    assert client.post("/v1/sessions", json={"id": "made"}).status_code == 409
+    assert client.post("/v1/sessions", json={"id": "else", "model": "no"}).status_code == 404
+    assert client.post("/v1/sessions", json={"id": ""}).status_code == 400
+    random = client.post("/v1/sessions").json()["id"]
+    assert client.get(f"/v1/sessions/{random}").json()["tokens"] == 0
+    fresh, created = (chat(client, "hello", session=name) for name in ("never-made", "made"))
+    assert created.json()["session"]["version"] == 2
+    assert created.json()["choices"] == fresh.json()["choices"]
+    assert created.json()["session"]["digest"] == fresh.json()["session"]["digest"]
+
+
+def test_huge_version_numbers(client: httpx.Client, chat: Any) -> None:
+    chat(client, "hello", session="huge")
+    for path, body in (("snapshot", {"version": 10**30}), ("restore", {"version": 10**30})):
+        assert client.post(f"/v1/sessions/huge/{path}", json=body).status_code == 400
