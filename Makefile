@@ -108,10 +108,9 @@ test-compat: venv $(COMPAT_CLIENTS) $(COMPAT)/node/.installed-$(OPENAI_NODE) ## 
 	@NESTED_COMPAT=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/compat $(ARGS)
 
 .PHONY: bench
-bench: venv ## measure; numbers to stdout
-	@found=0; for file in benchmarks/bench_*.py; do \
-		test -e "$$file" || continue; found=1; echo "== $$file"; $(BIN)/python "$$file" $(ARGS); \
-	done; test $$found = 1 || echo "no benchmarks/bench_*.py yet"
+bench: venv redis ## measure kernels and state I/O (a running server: benchmarks/serving.py)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.state_io $(ARGS)
 
 .PHONY: docs
 docs: venv ## check that README and docs name only what exists
