@@ -25,7 +25,6 @@ __all__ = ["SelfModifying"]
 
 SELF_RATE = 0.1  # r of the k, v, eta, alpha rows at the start, relative to the main memory's 1
 ETA_BIAS = 1.0  # eta starts near alpha/2 * sigmoid(1) = 0.37
-READ_BIAS = 1.28  # silu(1.28) = 1: the output gate starts open
 OUT_SCALE = 0.2  # of the residual stream that one layer's read makes up at the start
 ALPHA_BIAS = (5.0, 10.0)  # spread over heads: half-lives from about 100 to 15,000 tokens (MODEL.md section 7)
 
@@ -43,7 +42,6 @@ class SelfModifying(UpdateRule):
         inner = heads * head_dim
         self.w_in = nn.Parameter(torch.randn(4 * inner + 2 * heads, dim) * dim**-0.5)
         self.gate_bias = nn.Parameter(torch.zeros(2, heads))
-        self.read_bias = nn.Parameter(torch.full((inner,), READ_BIAS))
         self.conv = nn.Parameter(torch.randn(conv_width, 3 * inner) * 0.05)
         self.base = nn.Parameter(torch.zeros(heads, 3 * head_dim + 2, head_dim))
         self.rates = nn.Parameter(torch.full((heads, 4), SELF_RATE))

@@ -30,7 +30,7 @@ TONES = ("caring", "enthusiastic", "professional", "witty")  # the same question
 HELD_OUT = 100  # one document in so many is never trained on (fluency evaluation)
 DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
 SHORT = 192  # sessions below so many tokens get another part before the filler
-FAR_SHARE, FAR_TOKENS = 0.4, (64, 3000)  # dialogues with a stretch of chat inside (at the end), and its length
+FAR_SHARE, FAR_TOKENS = 0.15, (64, 3000)  # dialogues with a stretch of chat inside (at the end), and its length
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
 
