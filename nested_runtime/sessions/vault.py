@@ -68,7 +68,6 @@ class Vault:
         self.residents = StateCache(self.config.resident_bytes)
         self._observe = observe
         self._waiting: Counter[SessionKey] = Counter()
-        self._used: set[SessionKey] = set()  # sessions that may have resident copies
 
     @asynccontextmanager
     async def hold(self, key: SessionKey) -> AsyncIterator[Lease]:
@@ -175,26 +174,21 @@ class Vault:
 
     def _keep(self, key: SessionKey, digest: str, tensors: Tensors) -> None:
         self.residents.put((key.tenant, key.session, digest), tensors)
-        self._used.add(key)
 
     def forget(self, key: SessionKey) -> None:
         """Drop resident copies."""
         self.residents.forget((key.tenant, key.session))
-        self._used.discard(key)
 
     def forget_tenant(self, tenant: str | None) -> int:
         """Drop the resident copies of a tenant, or all; how many."""
-        self._used = {key for key in self._used if tenant is not None and key.tenant != tenant}
         return self.residents.forget(() if tenant is None else (tenant,))
 
     async def forget_deleted(self) -> None:
         """Drop resident copies of sessions that another server deleted."""
-        for key in list(self._used):
-            head = await self.store.head(key)
-            if head is None:
+        for tenant, session in {(name[0], name[1]) for name in self.residents}:
+            key = SessionKey(tenant, session)
+            if await self.store.head(key) is None:
                 self.forget(key)
-            elif (key.tenant, key.session, head.digest) not in self.residents:
-                self._used.discard(key)
 
 
 def zeros(specs: tuple[TensorSpec, ...]) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -33,6 +33,9 @@ class StateCache:
 
     def __contains__(self, key: tuple[str, ...]) -> bool:
         return key in self._states
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter(list(self._states))
 
     def get(self, key: tuple[str, ...]) -> State | None:
         """The state stored under `key`, now the most recently used; None if there is none."""

@@ -32,17 +32,17 @@ def test_limits_are_options() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    (
+    [
         "--retain 0",
         "--requests-in-flight 0",
         "--sweep-seconds 0",
         "--max-body-bytes -1",
         "--session-ttl 10",
         "--session-ttl 10 --lease-seconds 10.5",
-    ),
+    ],
 )
 def test_impossible_limits(words: str) -> None:
-    name = words.split()[0].strip("-").replace("-", "_")
+    name = words.split(maxsplit=1)[0].strip("-").replace("-", "_")
     with pytest.raises(ConfigError, match=name):
         parse(words.split())
 

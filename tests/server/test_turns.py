@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from nested_runtime.store.base import SessionKey
+
 Chat = Callable[..., httpx.Response]
 
 
@@ -139,7 +141,7 @@ def test_batched_is_solo(client: httpx.Client, chat: Chat) -> None:
 
 def test_a_lost_lease_is_a_conflict_and_commits_nothing(server: Any, client: httpx.Client, chat: Chat) -> None:
     chat(client, "one", session="lost")
-    key = next(iter({k for k in server.service.vault._used if k.session == "lost"}))
+    key = SessionKey("default", "lost")
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(chat, client, "two", session="lost", max_tokens=600)
         server.wait_until_running()
