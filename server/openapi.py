@@ -5,13 +5,16 @@ Keys, headers, event streams, the statuses an operation can really answer with, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
 
 from .deps import Service
+from .errors import error_response
 from .middleware import OPEN
 
 __all__ = ["install"]
@@ -54,7 +57,20 @@ def install(app: FastAPI, service: Service) -> None:
             app.openapi_schema = _document(app, service)
         return app.openapi_schema
 
+    async def on_wrong_method(request: Request, error: Exception) -> JSONResponse:
+        """Every method of the path: Starlette names those of one route only."""
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        found = {method for one in (path, f"/v1{path}") for method in _methods(document(), one)}
+        return error_response(error, {"Allow": ", ".join(sorted(found))} if found else {})
+
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way
+    app.add_exception_handler(405, on_wrong_method)
+
+
+def _methods(document: dict[str, Any], path: str) -> Iterator[str]:
+    for template, methods in document["paths"].items():
+        if re.fullmatch("[^/]+".join(re.escape(part) for part in re.split(r"\{\w+\}", template)), path):
+            yield from (method.upper() for method in methods)
 
 
 def _document(app: FastAPI, service: Service) -> dict[str, Any]:

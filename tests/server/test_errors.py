@@ -137,3 +137,18 @@ def test_every_reply_has_a_request_id(client: httpx.Client) -> None:
     assert client.get("/health").headers["x-request-id"].startswith("req-")
     assert client.get("/v1/nothing", headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
     assert client.get("/health", headers={"X-Request-Id": "x" * 200}).headers["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/sessions", "GET, POST"),
+        ("/v1/sessions/x", "DELETE, GET"),
+        ("/sessions/x", "DELETE, GET"),
+        ("/health", "GET"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(client: httpx.Client, path: str, methods: str) -> None:
+    reply = client.patch(path)
+    assert error_of(reply, 405)["code"] == "method_not_allowed"
+    assert reply.headers["allow"] == methods
