@@ -33,7 +33,7 @@ class User(threading.Thread):
 
     def run(self) -> None:
         actions = [self._talk] * 8 + [self._leave, self._snapshot, self._restore, self._fork, self._reset]
-        actions += [self._move, self._delete, self._memoryless]
+        actions += [self._move, self._erase, self._memoryless]
         try:
             with self._server.client() as http:
                 while time.monotonic() < self._until:
@@ -85,7 +85,7 @@ class User(threading.Thread):
             target = f"{self._name}-{self._luck.randrange(SESSIONS)}"
             self._wrote(http.put(f"/v1/sessions/{target}/import", content=blob.content), target)
 
-    def _delete(self, http: httpx.Client, session: str) -> None:
+    def _erase(self, http: httpx.Client, session: str) -> None:
         reply = http.delete(f"/v1/sessions/{session}")
         assert reply.status_code in (200, 404)
         assert (reply.status_code == 200) == (self.versions[session] > 0)

@@ -66,7 +66,7 @@ def test_a_paused_server_is_fenced(
     paused, other = serve(store_url, LEASE_SECONDS=lease), serve(store_url, LEASE_SECONDS=lease, WAIT_SECONDS=20)
     with paused.client() as http, other.client() as elsewhere:
         turn(http, "one", "s")
-        slow = pool.submit(turn, http, "too late", "s", max_tokens=3000, ignore_eos=True, stream=stream)
+        slow = pool.submit(turn, http, "too late", "s", max_tokens=1500, ignore_eos=True, stream=stream, timeout=300)
         until(lambda: busy(http))
         paused.send(signal.SIGSTOP)
         try:
