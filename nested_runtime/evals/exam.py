@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nested_runtime.errors import ConfigError
 from nested_runtime.evals.invented import InventedWriter
 from nested_runtime.train.data import CHAT_FILES, documents
 from nested_runtime.train.dialogues import DialogueSpec, ExhaustedError, Fact, Message, Weights, Writer, mentions
@@ -24,6 +25,7 @@ Lengths = Callable[[Sequence[str]], list[int]]  # tokens of each text
 
 STYLE = DialogueSpec(p_pair=0.0)  # one fact a message, otherwise as varied as the dialogues of training
 LONGEST_EXCHANGE = 160  # characters
+TRIES = 200
 MARKS = 2  # tokens of a message beside its content
 
 
@@ -75,12 +77,12 @@ class Examiner:
     def exam(self, plan: Plan, index: int) -> Exam:
         """The exam of one session."""
         rng = random.Random(f"{self.seed}:{plan.facts}:{plan.corrected}:{plan.untold}:{plan.invented}:{index}")
-        for _ in range(1000):
+        for _ in range(TRIES):
             try:
                 return self._write(plan, rng)
             except ExhaustedError:
                 continue
-        raise RuntimeError(f"no exam of {plan.facts} facts can be written that does not name its own answers")
+        raise ConfigError(f"no session of {plan.facts} facts can be written that are told apart; use fewer --facts")
 
     def _write(self, plan: Plan, rng: random.Random) -> Exam:
         spec = replace(STYLE, facts=(plan.facts, plan.facts))

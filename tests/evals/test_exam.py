@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nested_runtime.errors import ConfigError
 from nested_runtime.evals.exam import Exam, Examiner, Plan
 from nested_runtime.evals.invented import is_invented
 from nested_runtime.evals.scoring import holds, is_right, says_unknown
@@ -105,6 +106,12 @@ def test_openvocab_values_are_invented_words_of_several_tokens(seed: int) -> Non
     for question in exam.questions:
         assert is_invented(question.expected)
         assert letters([question.expected])[0] > 1
+
+
+def test_too_many_facts_to_keep_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nested_runtime.evals.exam.TRIES", 2)
+    with pytest.raises(ConfigError, match=r"200 facts .* fewer --facts"):
+        examine(0, Plan("many", 200, invented=True))
 
 
 def test_a_seed_and_an_index_give_one_exam_and_distance_changes_only_the_small_talk() -> None:
