@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nested_runtime.errors import ConfigError, NestedError
 from nested_runtime.models.config import from_fields
+from nested_runtime.models.loading import load
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.data import Corpus, Mixture, texts
 from nested_runtime.train.trainer import TrainConfig, Trainer, process_group
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, type=Path, help="folder of .jsonl[.zst] files with `text` or `messages`"
     )
     parser.add_argument("--out", required=True, type=Path, help="run folder; an existing run is resumed")
+    parser.add_argument("--from", dest="start", help="model folder or shipped name whose weights a new run starts from")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with its own lanes")
     parser.add_argument("--tokens", type=int, help="override the config's number of tokens")
     return parser
@@ -57,13 +59,22 @@ def load_config(path: Path) -> TrainConfig:
     return config
 
 
-def _tokenizer(args: argparse.Namespace, vocab_size: int) -> Tokenizer:
+def _prepare(args: argparse.Namespace, config: TrainConfig) -> None:
+    """Make sure the run folder has a tokenizer, and that --from fits the config."""
+    start = load(args.start) if args.start else None
+    if start is not None:
+        fields = {"family": config.family, **config.build().to_config()}
+        wrong = sorted(k for k, v in fields.items() if start.config.get(k) != v)
+        if wrong:
+            raise ConfigError(
+                f"--from {args.start}: its {wrong[0]} is {start.config.get(wrong[0])}, the config says otherwise"
+            )
     if (args.out / "tokenizer.json").exists():
-        return Tokenizer.load(args.out)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(texts(args.data), vocab_size)
+    vocab_size = int(config.model.get("vocab_size", 4096))
+    tokenizer = start.tokenizer if start is not None else train_tokenizer(texts(args.data), vocab_size)
     tokenizer.save(args.out)
-    return tokenizer
 
 
 def _work(rank: int, args: argparse.Namespace, config: TrainConfig, port: int) -> None:
@@ -73,7 +84,8 @@ def _work(rank: int, args: argparse.Namespace, config: TrainConfig, port: int) -
     corpus = Corpus(args.data, tokenizer)
     with process_group(rank, args.workers, port):
         trainer = Trainer(config, tokenizer, corpus, args.out, rank, args.workers)
-        trainer.resume()
+        if not trainer.resume() and args.start:
+            trainer.model.load_state_dict(load(args.start).model.state_dict())
         bar = tqdm(total=trainer.steps, initial=trainer.step, disable=rank > 0, mininterval=5, unit="step")
         with (args.out / "log.jsonl").open("a") as log:
             for record in trainer.run():
@@ -93,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError(f"--workers must be at least 1, got {args.workers}")
         if args.tokens is not None:
             config = replace(config, tokens=args.tokens)
-        _tokenizer(args, int(config.model.get("vocab_size", 4096)))
+        _prepare(args, config)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

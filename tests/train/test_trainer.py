@@ -283,3 +283,23 @@ def test_the_command_trains_and_goes_on(
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 2, 3]
     assert load(str(tmp_path / "run" / "model")).model.vocab_size == 512
+
+
+def test_a_run_starts_from_a_model_folder(
+    tmp_path: Path, data_folder: Path, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("nested_runtime.train.cli.train_tokenizer", lambda *args: small_tokenizer)
+    first = ["--config", str(write_config(tmp_path / "c.json")), "--data", str(data_folder), "--tokens", "128"]
+    main([*first, "--out", str(tmp_path / "first")])
+    still = write_config(tmp_path / "still.json", lr_matrix=1e-12, lr_other=1e-12, tokens=64)
+    start = ["--config", str(still), "--data", str(data_folder), "--from", str(tmp_path / "first" / "model")]
+    main([*start, "--out", str(tmp_path / "second")])
+    before, after = (load(str(tmp_path / run / "model")).model.state_dict() for run in ("first", "second"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+    other = write_config(tmp_path / "other.json", model={**HOPE, "blocks": HOPE["blocks"] + 1})
+    capsys.readouterr()
+    line = refused_by_command(capsys, "--config", other, *start[2:], "--out", tmp_path / "third")
+    assert "--from" in line
+    assert "blocks" in line
