@@ -187,12 +187,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for clients in (int(text) for text in given.clients.split(",")):
             results.append(asyncio.run(measure(load, clients, memory=memory)))
             print(table(results[-1:]).splitlines()[-1], flush=True)
+            write(given.out, load, results)
+    print(f"\n{table(results)}\n\nwritten to {given.out}")
+
+
+def write(path: Path, load: Load, results: Sequence[Result]) -> None:
+    """After every row, so that an interrupted run leaves what it measured."""
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
     asked = {"model": load.model, "prompt_chars": load.prompt_chars, "tokens": load.tokens}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(one) for one in results]
-    given.out.write_text(json.dumps({"machine": machine, "load": asked, "rows": rows}, indent=2) + "\n")
-    print(f"\n{table(results)}\n\nwritten to {given.out}")
+    path.write_text(json.dumps({"machine": machine, "load": asked, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
