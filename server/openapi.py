@@ -37,7 +37,7 @@ TEXTS = {
 HEADERS = (
     ("X-Session-ID", "The session whose memory reads this and learns it. Absent: memoryless", 256),
     ("Idempotency-Key", "A second request with the same key and body gets the first one's answer", 256),
-    ("X-Request-Id", "Repeated in the answer and in the log", 128),
+    ("X-Request-Id", "Repeated in the answer and in the log; one of the server's own if it is not plain ASCII", None),
 )
 VISIBLE = "^[!-~]+$"
 BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
@@ -120,8 +120,10 @@ def _describe(path: str, operation: Operation, names: list[str]) -> None:
         operation.setdefault("parameters", []).extend(_header(*header) for header in HEADERS)
 
 
-def _header(name: str, about: str, length: int) -> dict[str, Any]:
-    schema = {"type": "string", "minLength": 1, "maxLength": length, "pattern": VISIBLE}
+def _header(name: str, about: str, length: int | None) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    if length is not None:
+        schema |= {"minLength": 1, "maxLength": length, "pattern": VISIBLE}
     return {"name": name, "in": "header", "required": False, "description": about, "schema": schema}
 
 
