@@ -67,4 +67,10 @@ STORES = Registry(
         "rediss": "nested_runtime.store.redis:RedisStore",
     },
 )
-OPTIMIZERS = Registry("optimizer", {})
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "gd": "nested_runtime.optim.gd:GradientDescent",
+        "momentum": "nested_runtime.optim.momentum:Momentum",
+    },
+)
