@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop. Exit status 2 = bad options, model or store."""
     try:
         settings = parse(argv)
-        logs.configure(settings.log_format)
-        service = assemble(settings)
-        asyncio.run(_serve(settings, service))
+        with logs.configured(settings.log_format):
+            service = assemble(settings)
+            asyncio.run(_serve(settings, service))
     except NestedError as error:
         print(f"nested-serve: {error}", file=sys.stderr)
         return 2

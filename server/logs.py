@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import orjson
 
-__all__ = ["FIELDS", "configure"]
+__all__ = ["FIELDS", "configured"]
 
 FIELDS = "fields"  # attribute of a record: what the line says, as a mapping
 
@@ -29,9 +31,18 @@ class _Json(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
-def configure(kind: str) -> None:
-    """Log to standard error from now on, as `text` or `json`."""
+@contextmanager
+def configured(kind: str) -> Iterator[None]:
+    """Log to standard error inside the block, as `text` or `json`; afterwards the root logger is as it was."""
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(_Json() if kind == "json" else text)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)

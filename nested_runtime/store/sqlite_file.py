@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,9 +125,22 @@ def prepare(path: Path, timeout: float) -> None:
         connection = connect(path, timeout)
         try:
             _migrate(path, connection)
-            connection.execute("PRAGMA journal_mode = WAL")
+            _use_wal(connection, timeout)
         finally:
             connection.close()
+
+
+def _use_wal(connection: sqlite3.Connection, timeout: float) -> None:
+    """Switch to the write-ahead log; SQLite's busy timeout does not cover it: while anybody reads it fails at once."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _check_header(path: Path, header: bytes) -> None:

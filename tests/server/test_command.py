@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,15 @@ def test_bad_options(
     capsys: pytest.CaptureFixture[str], model_folder: Path, arguments: tuple[str, ...], says: str
 ) -> None:
     assert says in refused(capsys, "--model", str(model_folder), "--store", "memory:", *arguments)
+
+
+def test_a_start_leaves_the_logging_of_its_process_alone(
+    capsys: pytest.CaptureFixture[str], model_folder: Path
+) -> None:
+    root = logging.getLogger()
+    before = (list(root.handlers), root.level)
+    refused(capsys, "--model", str(model_folder), "--store", "postgres://x")
+    assert (root.handlers, root.level) == before
 
 
 def test_bad_stores(capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from nested_runtime.errors import (
     SessionBusy,
     VersionConflict,
 )
-from nested_runtime.store.base import SessionKey, StateStore
+from nested_runtime.store.base import Lease, SessionKey, StateStore
 
 KEY = SessionKey("acme", "alice")
 OTHER = SessionKey("acme", "bob")
@@ -105,10 +105,20 @@ def test_a_cancelled_waiter_leaves_no_lease(bench: Any) -> None:
 
 def test_hold_renews_and_releases(bench: Any) -> None:
     async def test(store: StateStore) -> None:
+        renewed = asyncio.Event()
+        renew = store.renew
+
+        async def told(lease: Lease) -> Lease:
+            extended = await renew(lease)
+            renewed.set()
+            return extended
+
+        store.renew = told
         async with store.hold(KEY, ttl=0.15) as lease:
-            for _ in range(6):  # six times a third of the ttl, while the clock passes two ttls
-                await asyncio.sleep(0.07)
-                bench.clock.pass_(0.05)
+            for _ in range(5):  # the clock passes two ttls, never a whole one without a renewal that began after it
+                renewed.clear()
+                bench.clock.pass_(0.07)
+                await renewed.wait()
             await bench.commit(store, lease, 0, b"1")
         with pytest.raises(ZeroDivisionError):
             async with store.hold(KEY):

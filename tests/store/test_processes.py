@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,23 @@ WORKER = Path(__file__).with_name("store_worker.py")
 KEY = SessionKey("acme", "shared")
 
 
-def start(url: str, *args: str) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    command = [sys.executable, str(WORKER), url, *args]
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start workers on a store; whatever becomes of the test, they end and their pipes are closed."""
+    with ExitStack() as workers:
+
+        def worker(url: str, *args: str) -> subprocess.Popen[str]:
+            pipe = subprocess.PIPE
+            command = [sys.executable, str(WORKER), url, *args]
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+            workers.enter_context(process)  # closes the pipes and waits
+            workers.callback(process.kill)
+            return process
+
+        yield worker
 
 
 async def check(store: StateStore, newest: int) -> None:
@@ -34,7 +49,7 @@ async def check(store: StateStore, newest: int) -> None:
     assert await store.fsck() == []
 
 
-def test_processes_share_a_new_store(shared_bench: Any) -> None:
+def test_processes_share_a_new_store(shared_bench: Any, start: Start) -> None:
     """They create it at the same moment and take turns on one session; no turn is lost."""
     workers = [start(shared_bench.url, "turns", "15") for _ in range(3)]
     for worker in workers:
@@ -49,7 +64,7 @@ def test_processes_share_a_new_store(shared_bench: Any) -> None:
 
 
 @pytest.mark.parametrize("kills", [8])
-def test_a_killed_writer_leaves_whole_versions(shared_bench: Any, kills: int) -> None:
+def test_a_killed_writer_leaves_whole_versions(shared_bench: Any, start: Start, kills: int) -> None:
     """SIGKILL at random moments of commits: every version it printed is there, at most one more, each of them whole."""
     luck = random.Random(5)
 
@@ -74,7 +89,7 @@ def test_a_killed_writer_leaves_whole_versions(shared_bench: Any, kills: int) ->
     assert newest > kills
 
 
-def test_a_stopped_holder_is_fenced(shared_bench: Any) -> None:
+def test_a_stopped_holder_is_fenced(shared_bench: Any, start: Start) -> None:
     """SIGSTOP past the lease, somebody else commits, SIGCONT: the late commit is refused."""
     worker = start(shared_bench.url, "pause")
     assert worker.stdout is not None

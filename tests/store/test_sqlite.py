@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from nested_runtime.errors import NestedError, StateError, StoreError, StoreFormatError, StoreUnavailable
 from nested_runtime.store.base import SessionKey, StateStore
+from nested_runtime.store.sqlite_file import prepare
 from nested_runtime.store.url import open_store
 
 KEY = SessionKey("acme", "alice")
@@ -51,6 +53,27 @@ def test_a_file_that_is_not_ours_is_refused_untouched(tmp_path: Path, kind: str)
         open_once(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_log_waits_for_readers(tmp_path: Path) -> None:
+    """The switch to a write-ahead log needs the file alone: it waits for a reader, but not for ever."""
+    path = tmp_path / "file"
+    prepare(path, 1.0)
+    reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    reader.execute("PRAGMA journal_mode = DELETE")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM sessions").fetchall()
+    with pytest.raises(StoreUnavailable, match="locked"):
+        prepare(path, 0.05)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(prepare, path, 60.0)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        reader.execute("COMMIT")
+        waiting.result()
+    reader.execute("SELECT * FROM sessions").fetchall()  # looks at the file again
+    assert reader.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    reader.close()
 
 
 def test_paths(tmp_path: Path) -> None:
