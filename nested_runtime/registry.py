@@ -72,5 +72,11 @@ OPTIMIZERS = Registry(
     {
         "gd": "nested_runtime.optim.gd:GradientDescent",
         "momentum": "nested_runtime.optim.momentum:Momentum",
+        "dgd": "nested_runtime.optim.dgd:DeltaGradientDescent",
+        "delta-momentum": "nested_runtime.optim.delta_momentum:DeltaMomentum",
+        "deep-momentum": "nested_runtime.optim.deep_momentum:DeepMomentum",
+        "adam": "nested_runtime.optim.adam:Adam",
+        "muon": "nested_runtime.optim.muon:Muon",
+        "m3": "nested_runtime.optim.m3:M3",
     },
 )

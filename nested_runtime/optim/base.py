@@ -17,7 +17,7 @@ import torch
 from nested_runtime.errors import ConfigError
 from nested_runtime.registry import OPTIMIZERS
 
-__all__ = ["InnerRule", "RuleState", "build_rule", "check_range", "per_session"]
+__all__ = ["InnerRule", "RuleState", "build_rule", "check_counts", "check_range", "per_session"]
 
 RuleState = Mapping[str, torch.Tensor]
 """State tensors of a rule by its own names, each [S, *state_shapes(shape)[name]]."""
@@ -71,6 +71,14 @@ def check_range(rule: InnerRule, **bounds: tuple[float, float]) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
             limit = f"below {high}" if high < math.inf else "finite"
             raise ConfigError(f"optimizer option {name!r} must be at least {low} and {limit}, got {value!r}")
+
+
+def check_counts(rule: InnerRule, *names: str) -> None:
+    """ConfigError unless every named field is a whole number of at least 1."""
+    for name in names:
+        value = getattr(rule, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"optimizer option {name!r} must be a whole number of at least 1, got {value!r}")
 
 
 def build_rule(name: str, options: Mapping[str, Any] | None = None) -> InnerRule:
