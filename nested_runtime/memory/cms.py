@@ -1,79 +1,143 @@
-"""Continuum memory system (NL Eq. 70-74): a chain of MLP levels, fastest first, each with its own update frequency.
+"""Continuum memory system of one block (NL Eq. 70-74): a static MLP and, beside it, a chain of adaptive levels.
 
-Level l keeps its weights for C_l tokens of the session. C_l = 0 (never) is a static MLP; a chain of one such level is
-a transformer block's MLP. Sequential chain (NL Eq. 73): y = MLP_k(... MLP_1(z)).
+Levels are ordered fastest first. Level l keeps its weights for C_l session tokens, then takes one step along the
+gradient of their summed next-token loss; frequency 0 is the static MLP F, there in every variant. On the input z:
+
+    sequential  y_l = y_{l-1} + MLP_l(y_{l-1}),  y_0 = z;   out = (y_k - z) + F(y_k)                        NL Eq. 73
+    nested      the same chain from one common start; when a level steps, every faster one restarts from it   NL Eq. 72
+    headwise    out = F(z) + sum_l w_l MLP_l(z), w learned                                                    NL Eq. 74
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn.functional import linear, relu
 
 from nested_runtime.errors import ConfigError
+from nested_runtime.memory.level import AdaptiveMLP, Change, Level, keep
+from nested_runtime.state.spec import TensorSpec
 
-__all__ = ["ContinuumMemory", "Level", "LevelClock"]
+__all__ = ["VARIANTS", "ContinuumMemory", "LevelStep", "level_name"]
+
+VARIANTS = ("sequential", "nested", "headwise")
+Tensors = Mapping[str, torch.Tensor]
+
+
+def level_name(number: int) -> str:
+    """What level `number` (from 0, the fastest) is called in states and by clients."""
+    return f"cms.{number + 1}"
 
 
 @dataclass(frozen=True)
-class Level:
-    """One level: `hidden` width, `chunk` C_l in session tokens between updates (0 = never)."""
+class LevelStep:
+    """New tensors of one level of one block for B sessions, the norms [B] of the steps, and which are finite [B]."""
 
-    name: str
-    hidden: int
-    chunk: int = 0
-
-
-class LevelClock:
-    """Which levels are due at a session position. Levels are ordered fastest first; C_l divides C_{l+1}."""
-
-    def __init__(self, levels: Sequence[Level]) -> None:
-        for level in levels:
-            if level.chunk < 0:
-                raise ConfigError(
-                    f"levels.{level.name}.chunk must be 0 (never) or a number of tokens, got {level.chunk}"
-                )
-        chunks = [level.chunk for level in levels if level.chunk]
-        for fast, slow in pairwise(chunks):
-            if slow % fast:
-                raise ConfigError(f"levels: chunk {fast} does not divide the next level's chunk {slow}")
-        self.levels = tuple(levels)
-
-    def due(self, position: int) -> tuple[Level, ...]:
-        """Levels that take a step when the session has read exactly `position` tokens."""
-        return tuple(level for level in self.levels if level.chunk and position and position % level.chunk == 0)
-
-    def until_due(self, position: int) -> int | None:
-        """Tokens the session may read from `position` before some level is due; None when all are static."""
-        left = [level.chunk - position % level.chunk for level in self.levels if level.chunk]
-        return min(left, default=None)
+    tensors: dict[str, torch.Tensor]
+    norm: torch.Tensor
+    finite: torch.Tensor
 
 
 class ContinuumMemory(nn.Module):
-    """The chain of one block. Each level is a two-layer MLP W_1 sigma(W_2 z) with sigma = relu squared."""
+    """The chain of one block: a static MLP `hidden` wide (`up`, `down`) and adaptive `levels`, see `VARIANTS`."""
 
-    def __init__(self, dim: int, levels: Sequence[Level]) -> None:
+    def __init__(self, dim: int, hidden: int, levels: Sequence[Level] = (), variant: str = "sequential") -> None:
         super().__init__()
-        if not levels:
-            raise ConfigError("levels is empty; a chain needs at least one level (a static one has chunk 0)")
-        for level in levels:
-            if level.hidden < 1:
-                raise ConfigError(f"levels.{level.name}.hidden must be at least 1, got {level.hidden}")
-            if level.chunk:
-                raise ConfigError(
-                    f"levels.{level.name}.chunk is {level.chunk}: this release serves levels of frequency 0 only; set 0"
-                )
-        self.clock = LevelClock(levels)
-        self.up = nn.ParameterList(torch.randn(level.hidden, dim) * dim**-0.5 for level in levels)
-        self.down = nn.ParameterList(torch.zeros(dim, level.hidden) for level in levels)
+        if variant not in VARIANTS:
+            raise ConfigError(f"cms must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        if variant == "nested" and len({(level.hidden, level.rank) for level in levels}) > 1:
+            raise ConfigError("cms is 'nested', so all levels must have the same hidden and rank")
+        self.config, self.variant = tuple(levels), variant
+        self.up = nn.ParameterList([torch.randn(hidden, dim) * dim**-0.5])
+        self.down = nn.ParameterList([torch.zeros(dim, hidden)])
+        if levels:
+            starts = levels[:1] if variant == "nested" else levels
+            self.levels = nn.ModuleList(AdaptiveMLP(dim, level.hidden, level.rank) for level in starts)
+            if any(level.learn_rate for level in levels):
+                self.log_rates = nn.Parameter(torch.zeros(len(levels)))
+            if variant == "headwise":
+                self.heads = nn.Parameter(torch.ones(len(levels)))
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """z [.., D] -> [.., D]; levels after the first add to what the one before them passes on."""
-        y = linear(relu(linear(z, self.up[0])).square(), self.down[0])
-        for up, down in zip(self.up[1:], self.down[1:], strict=True):
-            y = y + linear(relu(linear(y, up)).square(), down)
-        return y
+    def level(self, number: int) -> AdaptiveMLP:
+        """The start of level `number`."""
+        start: AdaptiveMLP = self.levels[0 if self.variant == "nested" else number]  # type: ignore[assignment]
+        return start
+
+    def rate(self, number: int) -> torch.Tensor | float:
+        """The step size of level `number`."""
+        level = self.config[number]
+        return level.rate * self.log_rates[number].exp() if level.learn_rate else level.rate
+
+    def forward(self, z: torch.Tensor, changes: Sequence[Change] | None = None) -> torch.Tensor:
+        """z [.., D] -> [.., D]; `changes` adds the sessions' deltas, one per level."""
+        if not self.config:
+            return self._static(z)
+        pairs = [(self.level(i), changes[i] if changes else keep) for i in range(len(self.config))]
+        if self.variant == "headwise":
+            read = torch.stack([mlp(z, change) for mlp, change in pairs], dim=-1)
+            return self._static(z) + linear(read, self.heads[None])[..., 0]
+        y = z
+        for mlp, change in pairs:
+            y = y + mlp(y, change)
+        return (y - z) + self._static(y)
+
+    def _static(self, z: torch.Tensor) -> torch.Tensor:
+        return linear(relu(linear(z, self.up[0])).square(), self.down[0])
+
+    # ---- what a session owns ----------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[TensorSpec, ...]:
+        """Per level: `delta`, the optimizer's state `opt`, and where C_l > C_1 the gradient `sum` so far."""
+        return tuple(
+            TensorSpec(f"{number + 1}.{name}", shape, level=level_name(number))
+            for number, level in enumerate(self.config)
+            for name, shape in self._shapes(number, level).items()
+        )
+
+    def _shapes(self, number: int, level: Level) -> dict[str, tuple[int, ...]]:
+        of_delta, rule = self.level(number).shapes(), level.rule()
+        shapes = {f"delta.{name}": shape for name, shape in of_delta.items()}
+        if level.chunk > self.config[0].chunk:
+            shapes |= {f"sum.{name}": shape for name, shape in of_delta.items()}
+        for name, shape in of_delta.items():
+            shapes |= {f"opt.{name}.{key}": of for key, of in rule.state_shapes(shape).items()}
+        return shapes
+
+    def deltas(self, number: int, state: Tensors) -> dict[str, torch.Tensor]:
+        """The delta of level `number` by name, out of this block's tensors."""
+        return {name: state[f"{number + 1}.delta.{name}"] for name in self.level(number).shapes()}
+
+    def step(self, number: int, state: Tensors, gradient: Tensors, inputs: Tensors | None = None) -> LevelStep:
+        """One step of level `number` along `gradient` (by delta name, [B, ..]), bounded in norm. Nothing is written."""
+        level, mlp = self.config[number], self.level(number)
+        rule, rate = level.rule(), self.rate(number)
+        old, moves = self.deltas(number, state), {}
+        new: dict[str, torch.Tensor] = {}
+        for name, delta in old.items():
+            weight = (delta + mlp.start(name)).detach()
+            prefix = f"{number + 1}.opt.{name}."
+            own = {key: state[prefix + key] for key in rule.state_shapes(tuple(delta.shape[1:]))}
+            keys = inputs.get(name) if inputs is not None else None
+            after, own = rule.step(weight, gradient[name], own, rate, keys)
+            moves[name] = after - weight
+            new |= {prefix + key: tensor for key, tensor in own.items()}
+        norm = total_norm(moves)
+        moves = scaled(moves, (level.max_step / norm).clamp(max=1.0))
+        moved = {name: delta + moves[name] for name, delta in old.items()}
+        moved = scaled(moved, (level.max_norm / total_norm(moved)).clamp(max=1.0))
+        new |= {f"{number + 1}.delta.{name}": tensor for name, tensor in moved.items()}
+        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in new.values()]).all(0)
+        return LevelStep(new, norm.detach().clamp(max=level.max_step), finite)
+
+
+def total_norm(tensors: Tensors) -> torch.Tensor:
+    """The norm over all tensors of each session, [B]; a hair above zero, where a root has a slope."""
+    return (torch.stack([tensor.flatten(1).square().sum(1) for tensor in tensors.values()]).sum(0) + 1e-30).sqrt()
+
+
+def scaled(tensors: Tensors, factor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each session's tensors [B, ..] times its factor [B]."""
+    return {name: tensor * factor.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}

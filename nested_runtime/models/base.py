@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nested_runtime.core import Batch
+from nested_runtime.models.adaptation import Stepped
 from nested_runtime.state.spec import TensorSpec
 
 __all__ = ["LanguageModel", "Pool"]
@@ -24,6 +25,8 @@ class LanguageModel(nn.Module, ABC):
     TINY: ClassVar[dict[str, Any]]  # a config small enough for the contract tests
     vocab_size: int
     chunk: int  # C: inner chunk length in session tokens (1 where there is none)
+    update_chunk: int = 0  # C_1: session tokens between two updates of the levels; 0 = no level adapts
+    period: int = 0  # `update` of sessions whose positions are equal modulo this may be batched; 0 = only equal ones
 
     @classmethod
     @abstractmethod
@@ -54,3 +57,11 @@ class LanguageModel(nn.Module, ABC):
 
         Pure and differentiable; equal to `forward` on the same tokens (the invariant's differentiable twin).
         """
+
+    def update(self, slots: torch.Tensor, next_token: torch.Tensor, position: int, pool: Pool) -> Stepped:
+        """Let the levels of sessions with a full chunk take their step, before they read `next_token` [B].
+
+        slots [B]; position: session tokens read, the same for all modulo `period`. Gradients are taken within; call it
+        outside inference mode. Models with `update_chunk` 0 have no levels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no levels")

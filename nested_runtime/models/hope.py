@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.memory.self_modifying import SelfModifying
+from nested_runtime.models.adaptation import LevelFields, config_of
 from nested_runtime.models.blocks import BlockModel
 from nested_runtime.models.config import from_fields
 
@@ -15,7 +16,7 @@ __all__ = ["Hope", "HopeConfig"]
 
 
 @dataclass(frozen=True)
-class HopeConfig:
+class HopeConfig(LevelFields):
     """Shape of a HOPE model. `mlp_ratio` is the width of the static level of every block in units of `dim`."""
 
     vocab_size: int
@@ -41,10 +42,10 @@ class Hope(BlockModel):
     def __init__(self, config: HopeConfig) -> None:
         options = RuleOptions(config.chunk, config.read, config.retain)
         super().__init__(
-            config.vocab_size, config.dim, config.blocks, config.mlp_ratio,
-            lambda: SelfModifying(config.dim, config.heads, config.head_dim, options, config.conv_width),
+            config.vocab_size, config.dim, config.blocks, config.mlp_ratio, config.chunk,
+            lambda: SelfModifying(config.dim, config.heads, config.head_dim, options, config.conv_width), config,
         )  # fmt: skip
-        self.config, self.chunk = config, config.chunk
+        self.config, self.period = config, config.chunk
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any]) -> Hope:
@@ -53,4 +54,4 @@ class Hope(BlockModel):
 
     def to_config(self) -> dict[str, Any]:
         """The mapping `from_config` reads."""
-        return asdict(self.config)
+        return config_of(self.config)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nested_runtime.memory.attention import SlidingAttention
+from nested_runtime.models.adaptation import LevelFields, config_of
 from nested_runtime.models.blocks import BlockModel
 from nested_runtime.models.config import from_fields
 
@@ -14,7 +15,7 @@ __all__ = ["Transformer", "TransformerConfig"]
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(LevelFields):
     """Shape of the control. `mlp_ratio`: MLP width in units of `dim`; `window`: tokens seen, the present one too."""
 
     vocab_size: int
@@ -36,10 +37,10 @@ class Transformer(BlockModel):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(
-            config.vocab_size, config.dim, config.blocks, config.mlp_ratio,
-            lambda: SlidingAttention(config.dim, config.heads, config.head_dim, config.window),
+            config.vocab_size, config.dim, config.blocks, config.mlp_ratio, 1,
+            lambda: SlidingAttention(config.dim, config.heads, config.head_dim, config.window), config,
         )  # fmt: skip
-        self.config, self.chunk = config, 1
+        self.config = config
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any]) -> Transformer:
@@ -48,4 +49,4 @@ class Transformer(BlockModel):
 
     def to_config(self) -> dict[str, Any]:
         """The mapping `from_config` reads."""
-        return asdict(self.config)
+        return config_of(self.config)
