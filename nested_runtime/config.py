@@ -22,6 +22,7 @@ class EngineConfig:
     queue               sequences that may wait for a slot before requests get 429
     max_context         tokens one turn may read and write
     prefix_cache_bytes  host memory for states after prompt prefixes of memoryless requests; 0 = off
+    kv_bytes            keys and values of all running sequences of a model with attention
     threads             torch threads; 0 = leave torch's choice
     """
 
@@ -30,6 +31,7 @@ class EngineConfig:
     queue: int = 256
     max_context: int = 32_768
     prefix_cache_bytes: int = 64 << 20
+    kv_bytes: int = 1 << 30
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class SessionConfig:
     resident_bytes     host memory for states of recently used sessions
     default_tokens     max_tokens of a request that names none
     at_rest            "exact", or "bf16": states are rounded to half their size after every turn
+    kept_kv_bytes      keys and values kept with a session between turns: the newest that fit; 0 = none
     """
 
     lease_seconds: float = 30.0
@@ -54,9 +57,10 @@ class SessionConfig:
     resident_bytes: int = 256 << 20
     default_tokens: int = 256
     at_rest: str = "exact"
+    kept_kv_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
-        _check(self, zero_allowed=("wait_seconds", "waiting", "resident_bytes"))
+        _check(self, zero_allowed=("wait_seconds", "waiting", "resident_bytes", "kept_kv_bytes"))
 
 
 def _check(config: EngineConfig | SessionConfig, zero_allowed: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Batch", "FinishReason", "SamplingParams", "Sequence", "TokenEvent", "TokenLogprobs", "TurnResult"]
+__all__ = ["Batch", "FinishReason", "KVRows", "SamplingParams", "Sequence", "TokenEvent", "TokenLogprobs", "TurnResult"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,20 @@ class Sequence:
         return self.prompt + self.output
 
 
+@dataclass(frozen=True)
+class KVRows:
+    """Where the rows of growing tensors lie in their block pool, seen as [blocks * 16, ...].
+
+    read   [B, N] int64   pool row of each of a sequence's rows, oldest first, the new ones last; 0 = none
+    num    [B] int64      rows of each sequence after this step, its new tokens included
+    write  [T] int64      pool row of each token of the batch
+    """
+
+    read: torch.Tensor
+    num: torch.Tensor
+    write: torch.Tensor
+
+
 @dataclass
 class Batch:
     """One packed engine step over B sequences and T tokens (decode = 1 token of a sequence, prefill = a run of them).
@@ -90,12 +104,14 @@ class Batch:
     cu_seqlens  [B+1] int32   sequence b owns token_ids[cu_seqlens[b]:cu_seqlens[b+1]]
     slots       [B] int32     pool slot of each sequence; 0 = padding (its results are ignored, its state stays zero)
     positions   [B] int64     session tokens absorbed before this step (chunk offset = positions % C)
+    kv                        where growing state tensors lie; None where the model has none
     """
 
     token_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
+    kv: KVRows | None = None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ FAMILIES = Registry(
     "model family",
     {
         "hope": "nested_runtime.models.hope:Hope",
+        "hope-attention": "nested_runtime.models.hope_attention:HopeAttention",
         "transformer": "nested_runtime.models.transformer:Transformer",
     },
 )

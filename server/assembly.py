@@ -48,6 +48,7 @@ def serve_model(loaded: loading.LoadedModel, settings: Settings) -> ServedModel:
         max_batch_tokens=config.max_batch_tokens,
         max_queue=config.queue,
         prefix_cache_bytes=config.prefix_cache_bytes,
+        kv_bytes=config.kv_bytes,
     )
     backend = NativeBackend(
         engine,

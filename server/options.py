@@ -97,6 +97,13 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     add("--wait-seconds", type=float, metavar="S", help="how long they wait before 409 (default 30)")
     add("--lease-seconds", type=float, metavar="S", help="a server that stops for longer is fenced (default 30)")
     add("--resident-bytes", type=int, metavar="N", help="memory for states of idle sessions (default 256 MiB)")
+    add(
+        "--kv-bytes",
+        type=int,
+        metavar="N",
+        help="keys and values of running sequences, attention models (default 1 GiB)",
+    )
+    add("--kept-kv-bytes", type=int, metavar="N", help="of them kept with a session, 0 = none (default 64 MiB)")
     add("--sessions-per-tenant", type=int, metavar="N", help="then 429 (default 100000)")
     add("--bytes-per-session", type=int, metavar="N", help="all kept versions together (default 512 MiB)")
     add("--snapshots-per-session", type=int, metavar="N", help="(default 32)")

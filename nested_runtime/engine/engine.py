@@ -21,7 +21,7 @@ from nested_runtime.engine.job import Job
 from nested_runtime.engine.prefix import PrefixCache
 from nested_runtime.engine.runner import Runner, state_specs
 from nested_runtime.engine.scheduler import Scheduler
-from nested_runtime.errors import RequestError
+from nested_runtime.errors import ContextOverflow, RequestError
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.sampling import Chooser, choose, token_logprobs, validate
 from nested_runtime.state.pool import SlotPool, check_state
@@ -35,6 +35,7 @@ class Engine:
     end_tokens          ids that end a reply unless params.ignore_eos
     max_batch_tokens    tokens of one step (see Scheduler); max_queue: sequences that may wait for a slot
     prefix_cache_bytes  host memory for states after prompt prefixes; 0 = off
+    kv_bytes            of keys and values of all running sequences; None = enough for every slot at its longest
     State tensors are what `model.state_spec()` says; a float64 model gets float64 states.
     """
 
@@ -47,12 +48,13 @@ class Engine:
         max_batch_tokens: int = 512,
         max_queue: int = 256,
         prefix_cache_bytes: int = 0,
+        kv_bytes: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = model.eval()
         self.end_tokens = frozenset(end_tokens)
         self.specs = state_specs(model)
-        self.pool = SlotPool(self.specs, capacity, device)
+        self.pool = SlotPool(self.specs, capacity, device, kv_bytes=kv_bytes, max_step=max_batch_tokens)
         quantum = min(max_batch_tokens, model.chunk * max(1, 64 // model.chunk))
         self.scheduler = Scheduler(max_batch_tokens=max_batch_tokens, max_queue=max_queue, quantum=quantum)
         self.runner = Runner(model, self.pool, max_tokens=max_batch_tokens + capacity, max_sequences=capacity)
@@ -99,6 +101,17 @@ class Engine:
             raise RequestError(f"position must be >= 0, got {sequence.position}", param="position")
         if sequence.state is not None:
             check_state(self.specs, sequence.state)
+        if not self.pool.can_ever_hold(self._rows(sequence)):
+            raise ContextOverflow(
+                f"the keys and values of {self._rows(sequence)} tokens do not fit into this server's kv_bytes; "
+                "shorten the prompt or max_tokens, or start the server with a larger kv_bytes",
+                param="prompt",
+            )
+
+    def _rows(self, sequence: Sequence) -> int:
+        """Tokens whose keys and values the sequence comes to hold."""
+        before = next((len(sequence.state[s.name]) for s in self.specs if s.grows), 0) if sequence.state else 0
+        return before + len(sequence.prompt) + sequence.params.max_tokens
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence. RequestError: it cannot run, or its id is taken; Overloaded: the queue is full."""
@@ -130,7 +143,7 @@ class Engine:
         """Run one step and return what happened since the last call."""
         for job in [job for job in self.scheduler.running if job.finishing and not job.is_prefilling]:
             self._complete(job, FinishReason.STOP)
-        while self.scheduler.waiting and self.pool.num_free:
+        while self.scheduler.waiting and self.pool.has_room(self._rows(self.scheduler.waiting[0].sequence)):
             self._start(self.scheduler.admit())
         plan = self.scheduler.plan()
         if plan:
@@ -145,6 +158,8 @@ class Engine:
             "waiting": len(self._jobs) - len(self.scheduler.running),
             "slots": self.pool.capacity,
             "slots_free": self.pool.num_free,
+            "kv_blocks": self.pool.blocks.num_blocks if self.pool.blocks else 0,
+            "kv_blocks_free": self.pool.blocks.num_free if self.pool.blocks else 0,
             **{name: self._counters[name] for name in ("steps", "prompt_tokens", "sampled_tokens")},
             "prefix_queries": self.prefixes.num_queries,
             "prefix_hits": self.prefixes.num_hits,
@@ -155,7 +170,7 @@ class Engine:
     def _start(self, job: Job) -> None:
         """Give an admitted job its slot, with the longest known prefix of its prompt in it."""
         sequence = job.sequence
-        sequence.slot = self.pool.acquire()
+        sequence.slot = self.pool.acquire(self._rows(sequence))
         if not sequence.num_done:
             job.cache_keys = self.prefixes.keys(sequence)
             length, state = self.prefixes.find(job.cache_keys)

@@ -45,7 +45,7 @@ class Runner:
     def __init__(self, model: LanguageModel, pool: SlotPool, *, max_tokens: int, max_sequences: int) -> None:
         self.model = model
         self.pool = pool
-        self.device = next(iter(pool.tensors.values())).device if pool.tensors else torch.device("cpu")
+        self.device = pool.device
         pin = self.device.type == "cuda"
         self._token_ids = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=pin)
         self._cu_seqlens = torch.zeros(max_sequences + 1, dtype=torch.int32, pin_memory=pin)
@@ -55,8 +55,6 @@ class Runner:
     @torch.inference_mode()
     def step(self, spans: list[Span]) -> StepOutput:
         """Read the spans; the pool's slots are updated in place."""
-        for span in spans:
-            self.pool.mark_dirty(span.slot)
         hidden = self.model(self._pack(spans), self.pool.tensors)
         logits = self._logits(hidden, spans)
         num_rows = [len(span.rows) for span in spans]
@@ -84,6 +82,7 @@ class Runner:
             cu_seqlens=self._fill(self._cu_seqlens, ends),
             slots=self._fill(self._slots, [span.slot for span in spans]),
             positions=self._fill(self._positions, [span.position for span in spans]),
+            kv=self.pool.extend([span.slot for span in spans], [len(span.tokens) for span in spans]),
         )
 
     def _fill(self, buffer: torch.Tensor, values: list[int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from nested_runtime.state.spec import TensorSpec
 __all__ = ["LanguageModel", "Pool"]
 
 Pool = Mapping[str, torch.Tensor]
-"""State tensors by TensorSpec name, each [S+1, *shape], updated in place. Slot 0 is padding."""
+"""State tensors by TensorSpec name, updated in place: [S+1, *shape], slot 0 is padding; growing ones as blocks."""
 
 
 class LanguageModel(nn.Module, ABC):

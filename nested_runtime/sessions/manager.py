@@ -163,5 +163,5 @@ def _levels(specs: tuple[TensorSpec, ...], tensors: dict[str, Any]) -> list[Leve
     for name in dict.fromkeys(spec.level for spec in specs):
         of_level = [spec for spec in specs if spec.level == name]
         squares = sum(float(torch.sum(tensors[spec.name].double() ** 2)) for spec in of_level)
-        result.append(Level(name, len(of_level), sum(spec.num_bytes for spec in of_level), squares**0.5))
+        result.append(Level(name, len(of_level), sum(tensors[spec.name].nbytes for spec in of_level), squares**0.5))
     return result

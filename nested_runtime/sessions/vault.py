@@ -19,7 +19,7 @@ from nested_runtime.sessions.history import Record
 from nested_runtime.state import codec
 from nested_runtime.state.cache import StateCache
 from nested_runtime.state.snapshot import Binding, Snapshot
-from nested_runtime.state.spec import TensorSpec
+from nested_runtime.state.spec import TensorSpec, newest_rows
 from nested_runtime.store.base import Draft, Lease, SessionKey, StateStore, StoredAnswer, Version
 from nested_runtime.tokenizer import Tokenizer
 
@@ -161,8 +161,9 @@ class Vault:
         return await asyncio.to_thread(self._encode, key, number, start, model)
 
     def _encode(self, key: SessionKey, number: int, start: Start, model: ServedModel) -> Encoded:
+        tensors = start.tensors if start.tensors is not None else zeros(model.specs)
         snapshot = Snapshot.take(
-            start.tensors if start.tensors is not None else zeros(model.specs),
+            newest_rows(model.specs, tensors, self.config.kept_kv_bytes),
             fingerprint=model.backend.fingerprint,
             binding=Binding(key.tenant, key.session, number),
             position=start.position,
@@ -193,7 +194,7 @@ class Vault:
 
 def zeros(specs: tuple[TensorSpec, ...]) -> dict[str, torch.Tensor]:
     """The fresh state."""
-    return {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs}
+    return {spec.name: torch.zeros(spec.fresh_shape, dtype=spec.dtype) for spec in specs}
 
 
 def _of_record(record: Record | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Layout: 8 bytes header length (little endian), JSON header padded with spaces, t
 `__metadata__` holds the SnapshotHeader as strings and `checksum`, the SHA-256 of the whole JSON header with the
 checksum's own digits read as zeros. The digest covers the tensors, so every byte is covered.
 Zero rows at the end of a tensor's first axis are not stored: shape [r, ...] with r <= the session's shape [n, ...].
+Tensors that grow come back with as many rows as the longest of them has stored.
 """
 
 from __future__ import annotations
@@ -83,9 +84,11 @@ def decode(blob: bytes, specs: tuple[TensorSpec, ...], fingerprint: str, binding
         missing, extra = sorted(names - entries.keys()), sorted(entries.keys() - names)
         raise StateError(f"state blob: missing tensors {missing[:5]}, unknown tensors {extra[:5]}")
     tensors: dict[str, torch.Tensor] = {}
-    offset = 0
+    offset, rows = 0, max((_stored_shape(entries[s.name], s)[0] for s in specs if s.grows), default=0)
     for spec in specs:
-        tensors[spec.name], offset = _read_tensor(blob, start, offset, spec, entries[spec.name], header.at_rest)
+        shape = (rows, *spec.shape[1:]) if spec.grows else spec.shape
+        entry = entries[spec.name]
+        tensors[spec.name], offset = _read_tensor(blob, start, offset, spec, shape, entry, header.at_rest)
     if start + offset != len(blob):
         raise StateError(f"state blob: {len(blob)} bytes, but the header accounts for {start + offset}")
     if state_digest(tensors) != header.digest:
@@ -173,9 +176,9 @@ def _check_belongs(header: SnapshotHeader, fingerprint: str, binding: Binding) -
 
 
 def _read_tensor(
-    blob: bytes, start: int, offset: int, spec: TensorSpec, entry: Any, at_rest: str
+    blob: bytes, start: int, offset: int, spec: TensorSpec, full: tuple[int, ...], entry: Any, at_rest: str
 ) -> tuple[torch.Tensor, int]:
-    """(full tensor, end offset) of one entry, which must begin at `offset` of the data at `start`."""
+    """(tensor of shape `full`, end offset) of one entry, which must begin at `offset` of the data at `start`."""
     dtype = _stored_dtype(spec.dtype, at_rest)
     shape = _stored_shape(entry, spec)
     end = offset + math.prod(shape) * dtype.itemsize
@@ -184,7 +187,7 @@ def _read_tensor(
         raise StateError(f"state blob: tensor {spec.name!r} is {str(entry)[:120]}, expected {expected}")
     if start + end > len(blob):
         raise StateError(f"state blob: ends inside tensor {spec.name!r}; the blob is truncated")
-    tensor = torch.zeros(spec.shape, dtype=spec.dtype)
+    tensor = torch.zeros(full, dtype=spec.dtype)
     if end > offset:
         stored = torch.frombuffer(bytearray(blob[start + offset : start + end]), dtype=dtype).view(shape)
         if not _is_finite(stored):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from nested_runtime.core import Batch
 from nested_runtime.errors import ConfigError
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.registry import FAMILIES
+from nested_runtime.state.pool import SlotPool
 
 MakeModel = Callable[..., LanguageModel]
 EXAMPLES = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -30,15 +32,20 @@ def draw_ends(data: st.DataObject, length: int) -> list[int]:
 
 def forward_in_pieces(model: LanguageModel, tokens: torch.Tensor, ends: list[int], slot: int) -> Any:
     """Hidden states and state of one session that reads `tokens` [T] through a pool, in the engine's way."""
-    pool = {s.name: torch.zeros(slot + 2, *s.shape, dtype=torch.float64) for s in model.state_spec()}
+    pool = SlotPool(tuple(replace(s, dtype=torch.float64) for s in model.state_spec()), slot + 1)
+    while pool.acquire() != slot:
+        pass
     outs, begin = [], 0
     for end in ends:
         cu = torch.tensor([0, end - begin], dtype=torch.int32)
-        batch = Batch(tokens[begin:end], cu, torch.tensor([slot], dtype=torch.int32), torch.tensor([begin]))
-        outs.append(model(batch, pool))
+        kv = pool.extend([slot], [end - begin])
+        batch = Batch(tokens[begin:end], cu, torch.tensor([slot], dtype=torch.int32), torch.tensor([begin]), kv)
+        outs.append(model(batch, pool.tensors))
         begin = end
-    assert not any(t[:slot].any() or t[slot + 1 :].any() for t in pool.values())
-    return torch.cat(outs), {name: t[slot : slot + 1] for name, t in pool.items()}
+    state = pool.save(slot)
+    pool.release(slot)
+    assert not any(tensor.any() for tensor in pool.tensors.values()), "something else was written"
+    return torch.cat(outs), {name: tensor[None] for name, tensor in state.items()}
 
 
 def assert_equal_states(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -83,7 +90,8 @@ def test_spec_names_shapes_and_levels(family: str, make_model: MakeModel) -> Non
     specs = model.state_spec()
     _, state = model.scan(draw_tokens(0, 3, 7), None, 0)
     assert len({s.name for s in specs}) == len(specs)
-    assert {s.name: (3, *s.shape) for s in specs} == {name: tuple(t.shape) for name, t in state.items()}
+    shapes = {s.name: (3, *((min(7, s.shape[0]), *s.shape[1:]) if s.grows else s.shape)) for s in specs}
+    assert shapes == {name: tuple(t.shape) for name, t in state.items()}
     assert all(s.level and s.dtype == torch.float32 for s in specs)
 
 

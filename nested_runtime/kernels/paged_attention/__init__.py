@@ -1,0 +1,1 @@
+"""Softmax attention of packed tokens over keys and values in blocks."""
