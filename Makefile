@@ -112,6 +112,14 @@ bench: venv redis ## measure kernels and state I/O (a running server: benchmarks
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.state_io $(ARGS)
 
+# Other people's packages, beside the environment instead of in it: their pins would move torch.
+build/peers/.installed: benchmarks/peers.txt $(VENV)/.installed-test
+	@$(PIP) --no-deps --upgrade --target build/peers -r benchmarks/peers.txt && touch $@
+
+.PHONY: bench-peers
+bench-peers: build/peers/.installed ## beside a Llama of equal size and other memories: build/bench/peers.json
+	@PYTHONPATH=build/peers OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peers $(ARGS)
+
 .PHONY: docs
 docs: venv ## check that README and docs name only what exists
 	@$(BIN)/pytest -q tests/meta -k docs
