@@ -22,7 +22,7 @@ import zstandard
 from nested_runtime.errors import ConfigError
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.dense import echo_drill, pairs_drill
-from nested_runtime.train.dialogues import Dialogue, DialogueSpec, copy_drill, generate, stage
+from nested_runtime.train.dialogues import Dialogue, DialogueSpec, Weights, copy_drill, generate, stage
 
 __all__ = ["Corpus", "Lanes", "Mixture", "Session", "read_rows", "render_dialogue"]
 
@@ -30,7 +30,9 @@ TONES = ("caring", "enthusiastic", "professional", "witty")  # the same question
 HELD_OUT = 100  # one document in so many is never trained on (fluency evaluation)
 DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
 SHORT = 192  # sessions below so many tokens get another part before the filler
-FAR_SHARE, FAR_TOKENS = 0.15, (64, 3000)  # dialogues with a stretch of chat inside (at the end), and its length
+FAR_SHARE, FAR_TOKENS = 0.2, (64, 1500)  # dialogues with a stretch of chat inside (at the end), and its length
+FEW_SHARE, MANY_SHARE = 0.12, 0.15  # dialogues with one or two facts; with up to 22 (at the end)
+FIRST = 2.0  # the first token of a value decides which fact is meant: the others follow from it
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
 
@@ -145,9 +147,13 @@ def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
             at += len(span.text)
         tokens.append(tokenizer.role_id(message.role))
         weights.append(0.1 if message.role == "user" else 0.3)
+        last = 0
         for token, end in encoding:
             tokens.append(token)
-            weights.append(next((w for b, e, w in borders if b < end <= e), borders[-1][2] if borders else 0.0))
+            begin, weight = next(((b, w) for b, e, w in borders if b < end <= e), (0, borders[-1][2] if borders else 0))
+            is_first = weight == Weights.value and last <= begin
+            weights.append(weight * FIRST if is_first else weight)
+            last = end
         tokens.append(tokenizer.end_id)
         weights.append(1.0 if message.role == "assistant" else 0.1)
     return Session(np.array(tokens, dtype=np.uint16), np.array(weights, dtype=np.float32))
@@ -252,7 +258,13 @@ class Lanes:
         )
 
     def _spec(self) -> DialogueSpec:
-        return stage(self.progress * self.rng.random() ** 0.5)
+        spec = stage(self.progress * self.rng.random() ** 0.5)
+        shape = self.rng.random()
+        if shape < FEW_SHARE:
+            return replace(spec, facts=(1, 2), questions=(1, 4))
+        if shape < FEW_SHARE + MANY_SHARE * self.progress:
+            return replace(spec, facts=(9, 22), questions=(10, 22), small_talk=(0, 1))
+        return spec
 
     def _talk(self) -> list[list[tuple[str, str]]]:
         return self.rng.choices(self.corpus.small_talk, k=8)

@@ -14,6 +14,7 @@ from nested_runtime.train.keys import Fields, draw_key, identity
 from nested_runtime.train.messages import Dialogue, DialogueSpec, Message, Probe, ProbeKind, Span, Weights, stage
 from nested_runtime.train.phrasing import Relation, Template, conflicts, decorations, filler, pairs, relations
 from nested_runtime.train.values import Values, lines
+from nested_runtime.train.variation import vary
 
 __all__ = ["Chat", "Dialogue", "DialogueSpec", "ExhaustedError", "Fact", "Message", "Probe", "Span", "Weights",
            "Writer", "copy_drill", "generate", "mentions", "relations", "stage"]  # fmt: skip
@@ -176,7 +177,7 @@ class Writer:
     def user_text(self, template: Template, fields: Fields, prefixes: str, suffixes: str) -> str:
         """A sentence of the user with things before and after it, in small letters where noisy."""
         lower = self.lower or self.chance(self.spec.p_noisy)
-        text = template.render(fields, lower)
+        text = template.render(fields, lower, self.vary if self.chance(self.spec.p_varied) else None)
         if prefixes and template.prefixable and not lower and self.chance(self.spec.p_decorated * 0.6):
             prefix = self.rng.choice(decorations(prefixes, self.split))
             small = template.lowerable or (template.text.startswith("{s}") and fields["s"].startswith(("my ", "the ")))
@@ -187,6 +188,10 @@ class Writer:
         if lower and text[-1] in ".!?" and self.chance(0.7):
             text = text[:-1]
         return text
+
+    def vary(self, literals: list[str]) -> list[str]:
+        """Other words for the same: only where the model trains, measured phrasings stay as they were written."""
+        return vary(literals, self.rng) if self.split == "train" else literals
 
     def filler(self) -> str:
         """A sentence that tells no fact, but may name things."""

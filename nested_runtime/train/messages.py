@@ -77,6 +77,7 @@ class DialogueSpec:
     p_noisy: float = 0.12  # per message, and half as often a whole dialogue: small letters, no full stop
     p_generic: float = 0.35  # per fact: an open-vocabulary key
     p_decorated: float = 0.3  # per message: "By the way, ", "Do you remember?"
+    p_varied: float = 0.0  # per message of the user: synonyms, dropped words, slips
     p_late: float = 0.5  # per question: after everything was told
     p_sibling: float = 0.4  # per fact about a subject: the same relation about another one
     p_pair: float = 0.12  # per fact: two facts in one sentence
@@ -87,16 +88,17 @@ def stage(n: float) -> DialogueSpec:
     n = min(1.0, max(0.0, n))
     return DialogueSpec(
         facts=(3, 6 + round(2 * n)),
-        questions=(round(8 - 3 * n), round(14 - 3 * n)),
+        questions=(round(6 - n), round(10 - n)),
         small_talk=(0, round(6 * n)),
         p_correction=0.25 * n,
-        p_unknown=0.12 * n,
+        p_unknown=0.08 + 0.17 * n,
         p_embedded=0.3 * n,
         p_multi=0.1 + 0.15 * n,
         p_terse=0.03 + 0.04 * n,
         p_noisy=0.12 * n,
         p_generic=0.6 - 0.25 * n,
         p_decorated=0.05 + 0.3 * n,
+        p_varied=0.15 + 0.35 * n,
         p_late=0.8 - 0.3 * n,
         p_pair=0.05 + 0.1 * n,
     )

@@ -6,7 +6,7 @@ import random
 import re
 import string
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 
@@ -25,6 +25,7 @@ __all__ = [
     "relations",
 ]
 
+Variation = Callable[[list[str]], list[str]]  # of the literal pieces of one sentence
 LISTS = ("tells", "asks", "acks", "answers", "corrections", "unknowns")
 USER_LISTS = ("tells", "asks", "corrections")
 PEOPLE = frozenset({"person", "name", "relative", "fullname"})
@@ -91,9 +92,13 @@ class Template:
             out += [(text[:-1] if blank else text, ""), (f" {value}" if blank else value, field)]
         return out
 
-    def render(self, values: Mapping[str, str], lower: bool = False) -> str:
-        """The sentence as one string."""
-        return "".join([text for text, _ in self.pieces(values, lower)])
+    def render(self, values: Mapping[str, str], lower: bool = False, vary: Variation | None = None) -> str:
+        """The sentence as one string; `vary` may change the words that are no fields."""
+        pieces = self.pieces(values, lower)
+        if vary is None:
+            return "".join([text for text, _ in pieces])
+        literals = iter(vary([text for text, field in pieces if not field]))
+        return "".join([text if field else next(literals) for text, field in pieces])
 
 
 @dataclass(frozen=True)

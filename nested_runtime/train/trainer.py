@@ -25,6 +25,7 @@ from nested_runtime.models.loading import build, save_model
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.checkpoint import load_run, save_run
 from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture
+from nested_runtime.train.muon import Muon
 
 __all__ = ["TrainConfig", "Trainer"]
 
@@ -48,7 +49,7 @@ class TrainConfig:
     cooldown: float = 0.3
     clip: float = 1.0
     curriculum: float = 0.6  # share of the run after which the dialogues are at their hardest
-    bf16: bool = True
+    bf16: bool | None = None  # products in bf16; None: where the device has units for them
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
     eval_every: int = 250
@@ -72,6 +73,13 @@ class TrainConfig:
         return model
 
 
+def _has_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32 ones; without AVX-512 or AMX they are eight times slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 class Trainer:
     """One process of a run."""
 
@@ -79,6 +87,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.folder, self.rank, self.world = config, tokenizer, folder, rank, world
         self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.bf16 = config.bf16 if config.bf16 is not None else _has_bf16(self.device)
         self.model: LanguageModel = config.build().to(self.device)
         self.lanes = Lanes(corpus, tokenizer, config.lanes, config.length, config.seed * 1000 + rank, config.mixture)
         self.corpus = corpus
@@ -99,7 +108,7 @@ class Trainer:
         plain = [p for p in others if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         mine = matrices[self.rank :: self.world]
-        muon = torch.optim.Muon(mine, lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
+        muon = Muon(mine, lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
         return [muon, torch.optim.AdamW(groups, lr=c.lr_other, betas=(0.9, 0.98), fused=True)]
 
     def _dev_lanes(self) -> Lanes:
@@ -122,7 +131,7 @@ class Trainer:
             fresh = torch.from_numpy(fresh_np).to(self.device)
             # Filled, not multiplied: 0 times a diverged lane's NaN would be NaN for ever.
             state = {n: t.detach().masked_fill(fresh.view(-1, *[1] * (t.ndim - 1)), 0) for n, t in state.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden, state = self.model.scan(tokens[:, :-1], state, position)
             chosen = weights > 0
             logits = self.model.logits(hidden[chosen])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import conv1d, silu
 
+from nested_runtime.kernels.short_conv import reference
 from nested_runtime.kernels.short_conv.reference import short_conv
 
 
@@ -58,3 +59,18 @@ def test_window_keeps_its_precision() -> None:
 def test_gradcheck_of_short_conv(length: int, width: int) -> None:
     inputs = tuple(t.requires_grad_() for t in draw_conv(3, 2, length, width, features=2))
     assert torch.autograd.gradcheck(short_conv, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_training_loops_equal_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, window, weight = (t.to(dtype) for t in draw_conv(4, 3, 11, 5, features=4))
+    results = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(reference, "_compiled", lambda _: None)
+        inputs = [t.clone().requires_grad_() for t in (x, window, weight)]
+        y, last = short_conv(*inputs)
+        torch.autograd.backward((y * y).sum() + (last * last).sum())
+        results.append([y.detach(), *(t.grad for t in inputs)])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow)

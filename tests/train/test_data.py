@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nested_runtime.errors import ConfigError
 from nested_runtime.tokenizer import Tokenizer
-from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture, read_rows, render_dialogue, texts
+from nested_runtime.train.data import FIRST, KINDS, Corpus, Lanes, Mixture, read_rows, render_dialogue, texts
 from nested_runtime.train.dialogues import copy_drill, generate, stage
 from nested_runtime.train.messages import Dialogue, Message, Span, Weights
 
@@ -80,16 +80,17 @@ def test_a_rendered_dialogue_is_its_messages(small_tokenizer: Tokenizer, seed: i
 @EXAMPLES
 @given(st.integers(0, 2**31))
 def test_tokens_of_weight_three_spell_the_values(small_tokenizer: Tokenizer, seed: int) -> None:
-    """In order, for every answer: nothing of a value has another weight, nothing else has this one."""
+    """In order, for every answer: nothing of a value weighs less, nothing else as much."""
     dialogue = generate(random.Random(seed), "train", stage(1.0))
     session = render_dialogue(dialogue, small_tokenizer)
-    spelled = small_tokenizer.decode(session.tokens[session.weights == Weights.value].tolist())
+    spelled = small_tokenizer.decode(session.tokens[session.weights >= Weights.value].tolist())
     values = [span.text for m in dialogue.messages for span in m.spans if span.weight == Weights.value]
     assert spelled.replace(" ", "") == "".join(values).replace(" ", "")
 
 
 def test_weights_of_a_message_by_hand(small_tokenizer: Tokenizer) -> None:
-    """A value at the very start keeps its leading space, one in the middle ends before the full stop."""
+    """A value at the very start keeps its leading space, one in the middle ends before the full stop; its first token
+    weighs double."""
     for spans in (
         (Span("7 Éclair", 3.0), Span(" is right.", 1.0)),
         (Span("It is", 1.0), Span(" 😀 Zephlo", 3.0), Span(".", 0.5)),
@@ -104,7 +105,8 @@ def test_weights_of_a_message_by_hand(small_tokenizer: Tokenizer) -> None:
             mine = []
             while small_tokenizer.decode(mine) != text:
                 mine.append(ids[at])
-                assert weights[at + 1] == span.weight, text
+                first = FIRST if span.weight == Weights.value and not mine[1:] else 1.0
+                assert weights[at + 1] == span.weight * first, text
                 at += 1
         assert at == len(ids)
 
@@ -141,7 +143,7 @@ def test_a_lane_is_its_sessions_cut_up(corpus: Corpus, small_tokenizer: Tokenize
         assert tokens[0].tolist() == session.tokens[at : at + 33].tolist()
         assert weights[0].tolist() == session.weights[at + 1 : at + 33].tolist()
         at += 32
-    assert set(np.unique(session.weights)) <= {0.0, 1.0, 1.5, 2.0, 3.0}, "small weights become rare whole ones"
+    assert set(np.unique(session.weights)) <= {0.0, 1.0, 1.5, 2.0, 3.0, 6.0}, "small weights become rare whole ones"
     assert (session.weights == Weights.value).any()
 
 

@@ -1,0 +1,47 @@
+"""Other words for the same: values and people stay, measured phrasings stay."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nested_runtime.train.dialogues import generate, stage
+from nested_runtime.train.values import lines
+from nested_runtime.train.variation import vary
+
+VARIED = replace(stage(1.0), p_varied=1.0)
+
+
+def test_synonyms_are_pairs_of_different_phrases() -> None:
+    for line in lines("synonyms"):
+        first, *others = line.split("|")
+        assert others, line
+        assert first == first.lower(), line
+        assert first not in others, line
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31))
+def test_answers_still_hold_a_value_that_was_told(seed: int) -> None:
+    dialogue = generate(random.Random(seed), "train", VARIED)
+    for probe in dialogue.probes:
+        if probe.expected:
+            told = " ".join(m.content for m in dialogue.messages[: probe.turn] if m.role == "user").lower()
+            assert probe.expected.lower() in told
+
+
+def test_only_training_varies() -> None:
+    for split, same in (("dev", True), ("train", False)):
+        plain, varied = (
+            generate(random.Random(7), split, replace(VARIED, p_varied=p, p_noisy=0.0)) for p in (0.0, 1.0)
+        )
+        assert (plain.messages[0] == varied.messages[0]) is same or same is False
+
+
+def test_words_do_change() -> None:
+    rng = random.Random(0)
+    said = {"|".join(vary(["My dog is called ", "."], rng)) for _ in range(200)}
+    assert len(said) > 20
