@@ -49,6 +49,7 @@ def create_app(service: Service) -> FastAPI:
         max_in_flight=service.settings.requests_in_flight,
         log_ids=service.settings.log_ids,
         observe=lambda route, status: service.metrics.requests.labels(route, str(status)).inc(),
+        tracing=service.tracing,
     )
     if service.settings.cors_origins:
         app.add_middleware(
@@ -56,7 +57,7 @@ def create_app(service: Service) -> FastAPI:
             allow_origins=list(service.settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "X-Session-Version", "Warning"],
+            expose_headers=["*"],
         )
     return app
 
@@ -86,6 +87,7 @@ async def running(service: Service) -> AsyncIterator[None]:
         deadline = service.settings.drain_seconds
         await asyncio.gather(*(model.backend.drain(deadline) for model in service.runtime.models.values()))
         await service.store.close()
+        await asyncio.to_thread(service.tracing.close)
 
 
 async def _sweep(service: Service) -> None:

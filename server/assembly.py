@@ -21,6 +21,7 @@ from .auth import Keys
 from .deps import Service
 from .metrics import Metrics
 from .settings import Settings
+from .tracing import tracing_to
 
 __all__ = ["assemble", "build_service", "serve_model"]
 
@@ -79,7 +80,13 @@ def build_service(
         return [(model.id, model.backend.stats()) for model in models]
 
     metrics = Metrics(stats, lambda: (len(vault.residents), vault.residents.num_bytes))
-    vault = Vault(store, settings.sessions, metrics.observe)
+    tracing = tracing_to(settings.otlp_endpoint)
+
+    def observe(name: str, value: float) -> None:
+        metrics.observe(name, value)
+        tracing.measured(name, value)
+
+    vault = Vault(store, settings.sessions, observe)
     runtime = Runtime(vault, models)
     return Service(
         settings=settings,
@@ -91,5 +98,6 @@ def build_service(
         answers=AnswerCache(),
         keys=keys or Keys(),
         admin_keys=admin_keys or Keys(),
+        tracing=tracing,
         started=int(time.time()),
     )

@@ -17,6 +17,7 @@ from .answers import AnswerCache
 from .auth import Keys
 from .metrics import Metrics
 from .settings import Settings
+from .tracing import NoTracing
 
 __all__ = [
     "Caller",
@@ -45,6 +46,7 @@ class Service:
     answers: AnswerCache
     keys: Keys
     admin_keys: Keys
+    tracing: NoTracing
     started: int = 0  # seconds since the epoch
     ready: bool = False
 

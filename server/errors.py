@@ -35,6 +35,7 @@ STATUSES: tuple[tuple[type[NestedError], int], ...] = (
     (Conflict, 409),
     (StateMismatch, 409),
     (StateError, 422),
+    (UpdateDiverged, 422),
     (Overloaded, 429),
     (StoreUnavailable, 503),
 )

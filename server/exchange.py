@@ -223,7 +223,7 @@ class Exchange:
 
     def _clock(self) -> Callable[[Event], None]:
         """Latency metrics of this request."""
-        metrics, model = self.service.metrics, self.body.model
+        metrics, tracing, model = self.service.metrics, self.service.tracing, self.body.model
         last = 0.0
 
         def clock(one: Event) -> None:
@@ -232,6 +232,8 @@ class Exchange:
             if isinstance(one, Finished):
                 metrics.whole.labels(model).observe(now - self.began)
             elif isinstance(one, Delta) and one.tokens:
+                if not last:
+                    tracing.event("first token")
                 histogram = metrics.between_tokens if last else metrics.first_token
                 histogram.labels(model).observe(now - (last or self.began))
                 last = now

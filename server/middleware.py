@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.datastructures import MutableHeaders
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .auth import DEFAULT_TENANT, Keys, bearer
 from .errors import error_response
 from .logs import FIELDS
+from .tracing import NoTracing
 
 __all__ = ["Gate"]
 
@@ -43,6 +45,7 @@ class Gate:
         max_in_flight: int,
         log_ids: bool,
         observe: Callable[[str, int], None],
+        tracing: NoTracing,
     ) -> None:
         self._app = app
         self._keys = keys
@@ -52,6 +55,7 @@ class Gate:
         self._in_flight: Counter[str] = Counter()
         self._log_ids = log_ids
         self._observe = observe
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -72,15 +76,19 @@ class Gate:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        try:
-            refusal = self._refusal(scope, headers)
-            if refusal is None:
-                with self._counted(scope):
-                    await self._app(scope, self._bounded(receive), send_with_id)
-            else:
-                await error_response(refusal)(scope, receive, send_with_id)
-        finally:
-            self._log(scope, status, time.perf_counter() - began)
+        sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()}
+        with self._tracing.request(sent) as note:
+            try:
+                refusal = self._refusal(scope, headers)
+                if refusal is None:
+                    with self._counted(scope):
+                        await self._app(scope, self._bounded(receive), send_with_id)
+                else:
+                    await error_response(refusal)(scope, receive, send_with_id)
+            finally:
+                said = self._said(scope, status, time.perf_counter() - began)
+                note(said)
+                self._log(said)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> HTTPException | None:
         path = _path(scope)
@@ -137,11 +145,11 @@ class Gate:
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"the request body is over the limit of {self._max_body_bytes} bytes; send less")
 
-    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+    def _said(self, scope: Scope, status: int, seconds: float) -> dict[str, Any]:
         state = scope["state"]
         route = getattr(scope.get("route"), "path", "(none)")
         self._observe(route, status)
-        said = {
+        return {
             "method": scope["method"],
             "route": route,
             "status": status,
@@ -150,6 +158,8 @@ class Gate:
             "tenant": self._shown(state["tenant"]),
             "session": self._shown(state.get("session", "")),
         }
+
+    def _log(self, said: dict[str, Any]) -> None:
         text = "%(method)s %(route)s %(status)d %(milliseconds)dms request=%(request)s tenant=%(tenant)r "
         logger.info(text + "session=%(session)r", said, extra={FIELDS: said})
 

@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_limits(parser.add_argument_group("limits (the NESTED_<NAME> variables set them too)"))
     add("--log-ids", action="store_true", help="log tenant and session ids in plain text instead of hashes")
     add("--log-format", choices=("text", "json"), help="json: one object a line (default text)")
+    add("--otlp-endpoint", metavar="URL", help="send traces to this OpenTelemetry collector (extra: otel)")
     add("--root-path", metavar="PATH", help="path prefix a proxy strips")
     add("--cors-origin", action="append", metavar="ORIGIN", help="allowed browser origin; repeatable")
     add("--ssl-keyfile", metavar="FILE")

@@ -22,6 +22,7 @@ class Settings:
     max_body_bytes  larger request bodies are 413
     drain_seconds   how long SIGTERM waits for running turns
     keep_alive      seconds between SSE comments while nothing else is sent
+    otlp_endpoint   OpenTelemetry collector that traces are sent to
     requests_in_flight  of one tenant at a time; more are 429
     sweep_seconds   between two looks at expired sessions, and at sessions that another server deleted
     """
@@ -36,6 +37,7 @@ class Settings:
     insecure: bool = False
     log_ids: bool = False
     log_format: str = "text"
+    otlp_endpoint: str | None = None
     uds: str | None = None
     root_path: str = ""
     cors_origins: tuple[str, ...] = ()

@@ -91,9 +91,9 @@ class SessionManager:
             version = found[0]
         return await self.version(key, version)
 
-    async def version(self, key: SessionKey, number: int | None = None) -> Version:
+    async def version(self, key: SessionKey, number: int | None = None, expect: int | None = None) -> Version:
         """A kept version, the head when None; NotFound otherwise."""
-        head = await self.vault.head(key)
+        head = await self.vault.head(key, expect)
         if number is None:
             return head
         for version in await self.vault.store.versions(key):
@@ -105,9 +105,11 @@ class SessionManager:
         """A session that has read nothing yet; Conflict when it exists."""
         return await self._create(key, Start(), model, kind="create")
 
-    async def fork(self, key: SessionKey, target: SessionKey, number: int | None = None) -> Version:
+    async def fork(
+        self, key: SessionKey, target: SessionKey, number: int | None = None, expect: int | None = None
+    ) -> Version:
         """A new session with the state of a version of this one; Conflict when `target` exists."""
-        source = await self.version(key, number)
+        source = await self.version(key, number, expect)
         model = self._find(source.model)
         start = await self.vault.load(key, source, model)
         return await self._create(target, start, model, kind="fork", record=_uprooted(record_of(source)))
@@ -140,9 +142,17 @@ class SessionManager:
             encoded = await self.vault.encode(key, parent + 1, start, model)
             return await self.vault.commit(lease, parent, encoded, model, kind="import", source=0)
 
-    async def delete(self, key: SessionKey) -> bool:
-        """Erase the session, also under a running turn, which then cannot commit."""
-        existed = await self.vault.store.delete(key)
+    async def delete(self, key: SessionKey, expect: int | None = None) -> bool:
+        """Erase the session, also under a running turn, which then cannot commit.
+
+        With `expect` it waits for that turn, and erases only if nothing was learned since that version.
+        """
+        if expect is None:
+            existed = await self.vault.store.delete(key)
+        else:
+            async with self.vault.hold(key):
+                await self.vault.versions(key, expect)
+                existed = await self.vault.store.delete(key)
         self.vault.forget(key)
         return existed
 

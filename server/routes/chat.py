@@ -33,7 +33,7 @@ async def create_chat_completion(
     count = body.n or 1
     if session is not None and count > 1:
         raise RequestError(f"n is {count}; a turn of a session has one answer, so n must be 1", param="n")
-    asked = body.max_completion_tokens or body.max_tokens
+    asked = body.asked_tokens(body.max_completion_tokens)
     reply = ChatReply(
         f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model.id, model.tokenizer, body.alternatives is not None
     )

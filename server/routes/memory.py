@@ -79,9 +79,7 @@ async def get_session(key: Named, service: ServiceDep) -> JSONResponse:
 @router.delete("/{id}")
 async def delete_session(key: Named, service: ServiceDep, expected: Expected) -> dict[str, Any]:
     """Erase memory, snapshots, history and idempotency records, also under a running turn."""
-    if expected is not None:
-        await service.vault.versions(key, expected)
-    if not await service.manager.delete(key):
+    if not await service.manager.delete(key, expected):
         raise absent(key)
     return {"id": key.session, "object": "session.deleted", "deleted": True}
 
@@ -102,7 +100,7 @@ async def snapshot_session(
     if expected is not None:
         await service.vault.versions(key, expected)
     wanted = body or SnapshotRequest(version=None, label="")
-    return snapshot_body(await service.store.snapshot(key, wanted.version, wanted.label))
+    return snapshot_body(await service.store.snapshot(key, wanted.version or expected, wanted.label))
 
 
 @router.get("/{id}/snapshots")
@@ -128,10 +126,12 @@ async def restore_session(key: Named, service: ServiceDep, expected: Expected, b
 
 
 @router.post("/{id}/fork")
-async def fork_session(key: Named, service: ServiceDep, caller: CallerDep, body: ForkRequest) -> JSONResponse:
+async def fork_session(
+    key: Named, service: ServiceDep, caller: CallerDep, expected: Expected, body: ForkRequest
+) -> JSONResponse:
     """A new session that starts with this one's memory."""
     target = SessionKey(caller.tenant, body.id)
-    return _written(target, await service.manager.fork(key, target, body.version))
+    return _written(target, await service.manager.fork(key, target, body.version, expected))
 
 
 @router.post("/{id}/learn")

@@ -64,7 +64,7 @@ async def create_response(
     items = body.items()
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     reply = ResponseReply(response_id(key.session if key else "", nonce), int(time.time()), body, model.id)
-    asked = body.max_output_tokens or body.max_tokens
+    asked = body.asked_tokens(body.max_output_tokens)
     turn = Turn(
         id=f"{reply.id[:64]}-{uuid.uuid4().hex}",
         model=model.id,

@@ -99,11 +99,21 @@ class Generation(Strict):
         """Names of the parameters nobody here knows."""
         return sorted(self.model_extra or {})
 
+    def asked_tokens(self, own: int | None) -> int | None:
+        """How long a reply was asked for, by the API's own parameter or max_tokens; None = not said."""
+        if own is None and self.max_tokens == 0:
+            raise RequestError("max_tokens is 0; a reply has at least 1 token", param="max_tokens")
+        return self.max_tokens if own is None else own
+
     def sampling(self, max_tokens: int, logprobs: int | None, choice: int = 0) -> SamplingParams:
         """The engine's parameters. Choices of one request differ in their seed."""
+        if (self.min_tokens or 0) > max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, over max_tokens {max_tokens}; raise max_tokens", param="min_tokens"
+            )
         return SamplingParams(
             max_tokens=max_tokens,
-            min_tokens=min(self.min_tokens or 0, max_tokens),
+            min_tokens=self.min_tokens or 0,
             temperature=_or(self.temperature, 1.0),
             top_p=_or(self.top_p, 1.0),
             top_k=max(self.top_k or 0, 0),

@@ -92,6 +92,47 @@ def test_fork(client: httpx.Client, chat: Chat) -> None:
     assert info(client, "trunk")["version"] == 3
 
 
+def test_if_match_guards_every_change(client: httpx.Client, chat: Chat) -> None:
+    for text in ("one", "two"):
+        chat(client, text, session="guarded")
+    stale, current = {"If-Match": "1"}, {"If-Match": '"2"'}
+    changes: list[tuple[str, str, Any]] = [
+        ("POST", "/reset", None),
+        ("POST", "/restore", {"version": 1}),
+        ("POST", "/learn", {"text": "three"}),
+        ("POST", "/snapshot", None),
+        ("POST", "/fork", {"id": "guarded-fork"}),
+        ("DELETE", "", None),
+    ]
+    for method, path, body in changes:
+        refused = client.request(method, f"/v1/sessions/guarded{path}", json=body, headers=stale)
+        assert refused.status_code == 409, (path, refused.text)
+        assert refused.json()["error"]["code"] == "version_conflict"
+    assert client.get("/v1/sessions/guarded-fork").status_code == 404
+    assert client.get("/v1/sessions/guarded/snapshots").json()["data"] == []
+    assert client.post("/v1/sessions/guarded/snapshot", headers=current).json()["version"] == 2
+    assert client.post("/v1/sessions/guarded/fork", json={"id": "guarded-fork"}, headers=current).status_code == 200
+    assert client.delete("/v1/sessions/guarded", headers=current).json()["deleted"]
+    assert client.delete("/v1/sessions/guarded", headers=current).status_code == 409  # it is at version 0 now
+    assert client.get("/v1/sessions/guarded").status_code == 404
+
+
+def test_states_rounded_at_rest(settings: Callable[..., Any], serve: Any, chat: Chat) -> None:
+    """--at-rest bf16: half the bytes, and it makes no difference whether the state is read again from the store."""
+    texts = ["my name is Ada", "I live in Rome", "who am I?"]
+    found: dict[str, list[tuple[str, str]]] = {}
+    sizes = {}
+    for at_rest, resident in (("bf16", 1 << 20), ("bf16", 0), ("exact", 0)):
+        stored = settings(sessions={"at_rest": at_rest, "resident_bytes": resident})
+        with serve(stored) as server, server.client() as client:
+            replies = [chat(client, text, session="s", max_tokens=24) for text in texts]
+            sizes[at_rest] = len(client.get("/v1/sessions/s/export").content)
+        found[f"{at_rest} {resident}"] = [(content(one), one.json()["session"]["digest"]) for one in replies]
+    assert found["bf16 0"] == found[f"bf16 {1 << 20}"]
+    assert found["bf16 0"] != found["exact 0"]
+    assert sizes["bf16"] < 0.75 * sizes["exact"]
+
+
 def test_export_and_import(client: httpx.Client, chat: Chat) -> None:
     chat(client, "my name is Ada", session="out")
     blob = client.get("/v1/sessions/out/export")

@@ -38,7 +38,8 @@ class Clock:
 class RedisServer:
     """A redis-server process in a folder of its own."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, answer: bytes = b"+PONG") -> None:
+        self._answer = answer
         self.port = 65_535
         while self.port > 55_535:  # a cluster's bus listens 10,000 higher
             with socket.socket() as probe:
@@ -57,7 +58,7 @@ class RedisServer:
             ["redis-server", *args, *self._options], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
         )
         deadline = time.monotonic() + 20
-        while self.send("PING") != b"+PONG\r\n":
+        while not self.send("PING").startswith(self._answer):
             assert time.monotonic() < deadline, "redis-server did not start"
             time.sleep(0.02)
 
@@ -82,8 +83,8 @@ def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
         pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
     started: list[RedisServer] = []
 
-    def start(*options: str) -> RedisServer:
-        started.append(RedisServer(tmp_path_factory.mktemp("redis"), *options))
+    def start(*options: str, **details: Any) -> RedisServer:
+        started.append(RedisServer(tmp_path_factory.mktemp("redis"), *options, **details))
         return started[-1]
 
     yield start

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +33,37 @@ async def command(store: StateStore, *args: str | int) -> Any:
 async def names(store: StateStore) -> set[str]:
     assert isinstance(store, RedisStore)
     return {name.decode() for name in await command(store, "KEYS", f"{store._keys.prefix}:*")}
+
+
+def test_tls_and_a_password(start_redis: Callable[..., Any], tmp_path: Path) -> None:
+    """rediss:// checks the certificate; a wrong password or an unknown certificate is an error without the password."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl program to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    kind = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    subject = ("-subj", "/CN=nested", "-addext", "subjectAltName=IP:127.0.0.1")
+    command = [openssl, *kind, *subject, "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    tls = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key))
+    start_redis(*tls, "--tls-auth-clients", "no", "--requirepass", "open-sesame", answer=b"-NOAUTH")
+    place = f"127.0.0.1:{port}/0?ssl_ca_certs="
+
+    async def main() -> None:
+        async with open_store(f"rediss://:open-sesame@{place}{certificate}") as store:
+            async with store.hold(KEY) as lease:
+                await store.commit(lease, 0, b"state", DRAFT)
+            assert (await store.load(KEY))[1] == b"state"
+        for url in (f"rediss://:guess@{place}{certificate}", f"rediss://:open-sesame@{place}"):
+            with pytest.raises(StoreUnavailable, match=str(port)) as refused:
+                await open_store(url).open()
+            assert "open-sesame" not in str(refused.value)
+            assert "guess" not in str(refused.value)
+
+    asyncio.run(main())
 
 
 # ---- durability -----------------------------------------------------------------------------------------------------

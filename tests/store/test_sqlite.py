@@ -7,15 +7,16 @@ import os
 import random
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nested_runtime.errors import NestedError, StateError, StoreError, StoreFormatError, StoreUnavailable
+from nested_runtime.store import sqlite_file
 from nested_runtime.store.base import SessionKey, StateStore
-from nested_runtime.store.sqlite_file import prepare
+from nested_runtime.store.sqlite_file import SCHEMA_VERSION, prepare
 from nested_runtime.store.url import open_store
 
 KEY = SessionKey("acme", "alice")
@@ -53,6 +54,34 @@ def test_a_file_that_is_not_ours_is_refused_untouched(tmp_path: Path, kind: str)
         open_once(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_older_file_is_migrated_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    prepare(path, 1.0)
+    steps = sqlite_file.MIGRATIONS
+    assert len(steps) == SCHEMA_VERSION
+
+    def release(*newer: tuple[str, ...]) -> None:
+        monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*steps, *newer))
+        monkeypatch.setattr(sqlite_file, "SCHEMA_VERSION", len(steps) + len(newer))
+
+    def version() -> tuple[int, int]:
+        with closing(sqlite3.connect(path)) as connection:
+            tables = connection.execute("SELECT count(*) FROM sqlite_schema WHERE name IN ('one', 'two')").fetchone()
+            return connection.execute("PRAGMA user_version").fetchone()[0], tables[0]
+
+    release(("CREATE TABLE one (id)",), ("CREATE TABLE two (id)", "CREATE TABLE two (id)"))
+    with pytest.raises(StoreUnavailable, match="already exists"):
+        prepare(path, 1.0)
+    assert version() == (SCHEMA_VERSION, 0)
+    release(("CREATE TABLE one (id)",), ("CREATE TABLE two (id)",))
+    for _ in range(2):
+        prepare(path, 1.0)
+        assert version() == (SCHEMA_VERSION + 2, 2)
+    monkeypatch.undo()
+    with pytest.raises(StoreFormatError, match="newer release"):
+        open_once(path)
 
 
 def test_the_log_waits_for_readers(tmp_path: Path) -> None:
