@@ -148,7 +148,7 @@ class Runtime:
             kind=kind,
             source=plan.match.version,
             record=_record(turn, plan, finished) if kind == "turn" else None,
-            answer=_stored(turn, finished),
+            answer=_stored(turn, finished, self.vault.store.limits.answer_bytes),
         )
         return finished
 
@@ -242,13 +242,16 @@ def _record(turn: Turn, plan: _Plan, finished: Finished) -> Record | None:
     return Record(root, chain[-1], len(chain), plan.match.start)
 
 
-def _stored(turn: Turn, finished: Finished) -> StoredAnswer | None:
+def _stored(turn: Turn, finished: Finished, max_bytes: int) -> StoredAnswer | None:
+    """What to keep for a repetition. Nobody asked for it by a key of his own: then only if it is not too large."""
     if turn.answer is None:
         return None
-    key = turn.answer.key
+    key, answer = turn.answer.key, turn.answer.render(finished)
     if turn.answer.attempt is not None and finished.session is not None:
+        if len(answer) > max_bytes:
+            return None
         key = _of_version(turn.answer, finished.session.version)
-    return StoredAnswer(key, turn.answer.body_digest, turn.answer.render(finished))
+    return StoredAnswer(key, turn.answer.body_digest, answer)
 
 
 def _of_version(answer: Answer, number: int) -> str:

@@ -260,6 +260,12 @@ class StateStore(ABC):
         """
         if len(state) > self.limits.state_bytes:
             raise RequestError(f"state has {len(state)} bytes, over the limit state_bytes={self.limits.state_bytes}")
+        if answer is not None and len(answer.answer) > self.limits.answer_bytes:
+            raise RequestError(
+                f"the answer has {len(answer.answer)} bytes, over the limit answer_bytes={self.limits.answer_bytes} of "
+                "what is kept for an Idempotency-Key; ask for less, or without a key",
+                param="Idempotency-Key",
+            )
         number = parent + 1
         packed = await asyncio.to_thread(envelope.pack, state, _context(lease.key, number))
         fields = {**asdict(draft), "number": number, "parent": parent or None, "size": len(packed)}

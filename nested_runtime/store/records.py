@@ -180,6 +180,7 @@ class Limits:
     """Bounds of what is stored.
 
     state_bytes  of one uncompressed state; `bytes_per_session` counts all kept versions at rest
+    answer_bytes of one idempotency record
     retain       newest versions kept; older ones stay while a snapshot points at them
     """
 
@@ -188,6 +189,7 @@ class Limits:
     state_bytes: int = 64 << 20
     snapshots_per_session: int = 32
     answers_per_session: int = 256
+    answer_bytes: int = 4 << 20
     retain: int = 8
 
     def __post_init__(self) -> None:

@@ -10,10 +10,10 @@ import hashlib
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from nested_runtime.errors import Conflict, NotFound, RequestError
@@ -116,10 +116,17 @@ async def get_response(id: str, service: ServiceDep, caller: CallerDep) -> dict[
 
 
 @router.get("/{id}/input_items")
-async def list_input_items(id: str, service: ServiceDep, caller: CallerDep) -> dict[str, Any]:
-    """The input of a stored response, newest first."""
+async def list_input_items(
+    id: str,
+    service: ServiceDep,
+    caller: CallerDep,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> dict[str, Any]:
+    """A page of the input of a stored response, newest first unless `order` says otherwise."""
     kept = await _kept(service, caller, id)
-    data = [
+    items = [
         {
             "type": "message",
             "id": f"msg_{number}_{id[5:]}",
@@ -128,8 +135,17 @@ async def list_input_items(id: str, service: ServiceDep, caller: CallerDep) -> d
             "content": [{"type": "input_text", "text": item["content"]}],
         }
         for number, item in enumerate(kept.items)
-    ][::-1]
-    return {"object": "list", "data": data, "first_id": data[0]["id"], "last_id": data[-1]["id"], "has_more": False}
+    ]
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise RequestError(f"after is {after[:80]!r}, not an item of this response", param="after")
+        items = items[ids.index(after) + 1 :]
+    page = items[:limit]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": len(items) > limit}
 
 
 @router.delete("/{id}")

@@ -68,9 +68,11 @@ class Running:
     def client(self, **kwargs: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120.0, **kwargs)
 
-    def wait_until_running(self) -> None:
-        """Until a turn is in the engine."""
-        while not self.service.runtime.models["tiny"].backend.stats()["running"]:
+    def wait_until_running(self, turns: int = 1) -> None:
+        """Until so many turns are in the engine."""
+        deadline = time.monotonic() + 60
+        while self.service.runtime.models["tiny"].backend.stats()["running"] < turns:
+            assert time.monotonic() < deadline, f"{turns} turns did not come into the engine, or were over too soon"
             time.sleep(0.005)
 
     def run(self, coroutine: Any) -> Any:

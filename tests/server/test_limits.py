@@ -54,11 +54,9 @@ def test_a_session_may_live_as_long_as_its_lease() -> None:
 def test_requests_in_flight(settings: Any, serve: Any, chat: Chat) -> None:
     """A tenant with too many is told to wait; health, the admin and other tenants are not in its way."""
     with serve(settings(requests_in_flight=2)) as server, server.client() as client, ThreadPoolExecutor(2) as pool:
-        slow = [pool.submit(chat, client, "slow", max_tokens=600, ignore_eos=True) for _ in range(2)]
-        server.wait_until_running()
+        slow = [pool.submit(chat, client, "slow", max_tokens=1500, ignore_eos=True) for _ in range(2)]
+        server.wait_until_running(2)
         refused = client.get("/v1/models")
-        while refused.status_code != 429 and not any(one.done() for one in slow):
-            refused = client.get("/v1/models")  # the second one may not have arrived yet
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -78,6 +76,17 @@ def test_sessions_and_snapshots_of_a_tenant(settings: Any, serve: Any, chat: Cha
         assert client.post("/v1/sessions/a/snapshot").json()["error"]["code"] == "too_many_snapshots"
         assert client.delete("/v1/sessions/a").status_code == 200
         assert chat(client, "hi", session="c").status_code == 200
+
+
+def test_answers_that_are_too_large_to_keep(settings: Any, serve: Any, chat: Chat) -> None:
+    """With a key: refused, nothing learned. Without one, from a client that repeats by itself: answered, not kept."""
+    with serve(settings(limits=Limits(answer_bytes=300))) as server, server.client() as client:
+        refused = chat(client, "hi", session="s", headers={"Idempotency-Key": "k"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "Idempotency-Key"
+        assert client.get("/v1/sessions/s").status_code == 404
+        automatic = [chat(client, "hi", session="s", headers={"x-stainless-retry-count": str(n)}) for n in range(2)]
+        assert [one.json()["session"]["version"] for one in automatic] == [1, 2]
 
 
 def test_erasing_a_tenant_forgets_its_memoryless_requests(settings: Any, serve: Any, chat: Chat, tmp_path: Any) -> None:

@@ -34,6 +34,20 @@ def test_previous_response_is_a_version(ai: openai.OpenAI, client: httpx.Client)
     assert [item.content[0].text for item in items] == ["who am I?"]  # type: ignore[union-attr,index]
 
 
+def test_pages_of_input_items(ai: openai.OpenAI, client: httpx.Client) -> None:
+    texts = [f"line {number}" for number in range(7)]
+    one = ai.responses.create(input=[{"role": "user", "content": text} for text in texts], **GREEDY)
+    for order, expected in (("asc", texts), ("desc", texts[::-1])):
+        items = ai.responses.input_items.list(one.id, order=order, limit=3)  # the client asks for the next pages
+        assert [item.content[0].text for item in items] == expected  # type: ignore[union-attr,index]
+    last = client.get(f"/v1/responses/{one.id}/input_items", params={"limit": 7}).json()
+    assert (len(last["data"]), last["has_more"]) == (7, False)
+    after = client.get(f"/v1/responses/{one.id}/input_items", params={"after": last["last_id"]}).json()
+    assert (after["data"], after["first_id"]) == ([], None)
+    for wrong in ({"after": "nothing"}, {"limit": 0}, {"order": "up"}):
+        assert client.get(f"/v1/responses/{one.id}/input_items", params=wrong).status_code == 400
+
+
 def test_a_named_session(ai: openai.OpenAI, client: httpx.Client) -> None:
     named = {"X-Session-ID": "responder"}
     one = ai.responses.create(input="hi", instructions="be kind", extra_headers=named, **GREEDY)

@@ -376,9 +376,11 @@ def test_limits(bench: Any) -> None:
                 await bench.commit(store, lease, 2, os.urandom(5000))
             with pytest.raises(RequestError, match="state_bytes"):
                 await bench.commit(store, lease, 2, bytes(6001))
+            with pytest.raises(RequestError, match="answer_bytes"):
+                await bench.commit(store, lease, 2, b"3", StoredAnswer("key", "body", bytes(501)))
             assert len(await store.versions(OTHER)) == 2
 
-    limits = Limits(sessions_per_tenant=2, bytes_per_session=10_000, state_bytes=6000)
+    limits = Limits(sessions_per_tenant=2, bytes_per_session=10_000, state_bytes=6000, answer_bytes=500)
     bench.run(test, limits=limits)
 
 
