@@ -36,6 +36,8 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.json: {min(foreign)!r} is not a byte-level entry; use a byte-level BPE")
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps; the model needs a row for the highest
         self.end_id = SPECIAL.index(END)
+        self.end_ids: tuple[int, ...] = (self.end_id,)  # all that end a reply
+        self.opens_with_space = True  # a reply's text begins with one, which is not part of it
         self.special_ids = frozenset(range(len(SPECIAL)))
 
     @classmethod
@@ -102,9 +104,17 @@ class Tokenizer:
         """The token that opens a message of `role`."""
         return SPECIAL.index(ROLES[role])
 
-    def render(self, messages: Iterable[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Messages ({"role", "content"}) as tokens; with the generation prompt the reply comes next."""
-        ids = [token for m in messages for token in self.render_message(m["role"], m["content"])]
+    def render(
+        self, messages: Iterable[Mapping[str, str]], add_generation_prompt: bool = True, *, num_read: int = 0,
+        goes_on: bool = False,
+    ) -> list[int]:  # fmt: skip
+        """Messages ({"role", "content"}) as tokens; with the generation prompt the reply comes next.
+
+        num_read  messages to leave out because they were read, up to and with the end token of the last one
+        goes_on   whether something was read before these messages
+        """
+        unread = list(messages)[num_read:]
+        ids = [token for m in unread for token in self.render_message(m["role"], m["content"])]
         return [*ids, self.role_id("assistant")] if add_generation_prompt else ids
 
 

@@ -45,7 +45,7 @@ def serve_model(loaded: loading.LoadedModel, settings: Settings) -> ServedModel:
     engine = Engine(
         loaded.model,
         capacity=config.slots,
-        end_tokens=(loaded.tokenizer.end_id,),
+        end_tokens=loaded.tokenizer.end_ids,
         max_batch_tokens=config.max_batch_tokens,
         max_queue=config.queue,
         prefix_cache_bytes=config.prefix_cache_bytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nested_runtime.errors import CheckpointError, ConfigError
+from nested_runtime.hub_tokenizer import HubTokenizer
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.registry import FAMILIES
 from nested_runtime.tokenizer import Tokenizer
 
-__all__ = ["LoadedModel", "build", "load", "resolve", "save_model"]
+__all__ = ["LoadedModel", "build", "load", "resolve", "save_model", "save_tensors"]
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
@@ -35,9 +37,10 @@ class LoadedModel:
     folder: Path
 
 
-def build(family: str, fields: Mapping[str, Any]) -> LanguageModel:
-    """A model of a registered family with fresh parameters."""
-    model: LanguageModel = FAMILIES.get(family).from_config(fields)
+def build(family: str, fields: Mapping[str, Any], *, empty: bool = False) -> LanguageModel:
+    """A model of a registered family with fresh parameters, or with none yet: `empty` takes no memory."""
+    with torch.device("meta") if empty else nullcontext():
+        model: LanguageModel = FAMILIES.get(family).from_config(fields)
     return model
 
 
@@ -86,8 +89,11 @@ def _read_weights(path: Path, model: LanguageModel) -> None:
 
 def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "chat.json"):
+        if name == "chat.json" and not (folder / name).exists():
+            continue
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]
 
 
@@ -101,7 +107,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     _read_weights(folder / "model.safetensors", model)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = HubTokenizer.load(folder) if (folder / "chat.json").exists() else Tokenizer.load(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"{folder}: tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}"
@@ -115,12 +121,20 @@ def save_model(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:  # fmt: skip
     """Write a model folder; every file is replaced as a whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    save_tensors(folder, family, tensors, model.to_config(), tokenizer, name)
+
+
+def save_tensors(
+    folder: Path, family: str, tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any], tokenizer: Tokenizer,
+    name: str | None = None,
+) -> None:  # fmt: skip
+    """Write a model folder from tensors as they are; every file is replaced as a whole."""
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / "part"
-    save_file(tensors, part)
+    save_file(dict(tensors), part)
     part.replace(folder / "model.safetensors")
-    config = {"family": family, **({"name": name} if name else {}), **model.to_config()}
+    config = {"family": family, **({"name": name} if name else {}), **fields}
     part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     part.replace(folder / "config.json")
     tokenizer.save(folder)

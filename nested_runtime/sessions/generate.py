@@ -72,7 +72,8 @@ async def generate(
     """
     turn = _fitted(model, turn, prompt)
     chat = turn.messages is not None
-    reply = ReplyText(model.tokenizer, turn.params.stop, min_tokens=turn.params.min_tokens, strip=chat)
+    strip = chat and model.tokenizer.opens_with_space
+    reply = ReplyText(model.tokenizer, turn.params.stop, min_tokens=turn.params.min_tokens, strip=strip)
     state = _Reply(reply, len(prompt), model.tokenizer.special_ids)
     sequence = _sequence(model, turn, start, prompt, keeps=keeps)
     events = model.backend.submit(sequence)
@@ -115,7 +116,7 @@ def _fitted(model: ServedModel, turn: Turn, prompt: list[int]) -> Turn:
 
 
 def _sequence(model: ServedModel, turn: Turn, start: Start, prompt: list[int], *, keeps: bool) -> Sequence:
-    params, chat = turn.params, turn.messages is not None
+    params, strip = turn.params, turn.messages is not None and model.tokenizer.opens_with_space
     is_fresh = start.tensors is None and turn.session is None
     return Sequence(
         id=turn.id,
@@ -125,7 +126,7 @@ def _sequence(model: ServedModel, turn: Turn, start: Start, prompt: list[int], *
         state=start.tensors,
         keep_state=keeps and turn.learn == "all",
         keep_state_at_prompt=keeps and turn.learn == "prompt",
-        stop_check=stop_check(model.tokenizer, params.stop, min_tokens=params.min_tokens, strip=chat),
+        stop_check=stop_check(model.tokenizer, params.stop, min_tokens=params.min_tokens, strip=strip),
         fork_of=turn.fork_of,
         cache_key=(turn.scope, model.id) if is_fresh and turn.scope is not None else None,
         cache_points=_message_ends(prompt, model) if is_fresh and turn.scope is not None else (),

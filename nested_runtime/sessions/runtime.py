@@ -122,9 +122,10 @@ class Runtime:
         left = [] if start.pending is None else [start.pending]
         if turn.messages is None:
             return [*left, *(turn.prompt or ())]
-        if left and left != [model.tokenizer.end_id]:
+        if left and left[0] not in model.tokenizer.end_ids:
             left.append(model.tokenizer.end_id)  # the last reply was cut short: close it
-        return [*left, *model.tokenizer.render(turn.messages[num_read:], answer)]
+        goes_on = start.position > 0 or bool(left)
+        return [*left, *model.tokenizer.render(turn.messages, answer, num_read=num_read, goes_on=goes_on)]
 
     async def _commit(
         self, lease: Lease, model: ServedModel, turn: Turn, plan: _Plan, outcome: Outcome, kind: str

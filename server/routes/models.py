@@ -101,7 +101,7 @@ async def tokenizer_info(service: ServiceDep, model: str | None = Query(None)) -
         "eos_token": tokenizer.token(tokenizer.end_id),
         "bos_token": None,
         "pad_token": tokenizer.token(0),
-        "tokenizer_class": "ByteLevelBPE",
+        "tokenizer_class": type(tokenizer).__name__,
         "vocab_size": tokenizer.vocab_size,
         "end_token_id": tokenizer.end_id,
         "special_tokens": {tokenizer.token(token): token for token in sorted(tokenizer.special_ids)},

@@ -1,0 +1,65 @@
+"""Converted models compute what transformers computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nested_runtime.core import SamplingParams, Sequence
+from nested_runtime.engine.engine import Engine
+from nested_runtime.engine.runner import Span
+
+from .conftest import CASES
+
+LENGTH = 40  # beyond every sliding window of the cases, and beyond the original length of the stretched ropes
+
+
+def tokens_of(case: str) -> torch.Tensor:
+    return torch.randint(3, 300, (2, LENGTH), generator=torch.Generator().manual_seed(len(case)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", list(CASES))
+def test_logits_equal_transformers_at_once_and_token_by_token(case: str, converted: Callable[..., Any]) -> None:
+    theirs, ours = converted(case)
+    tokens = tokens_of(case)
+    expected = theirs(tokens).logits
+    found = ours.model.logits(ours.model.scan(tokens, None, 0)[0])
+    assert float((found - expected).abs().max()) <= 1e-4
+    assert float(expected.std()) > 0.1, "the test would not notice anything"
+    # Through the engine: the first 5 tokens as a prompt, then token by token, two sessions side by side.
+    steps = stepwise(ours.model, tokens)
+    assert float((steps - found).abs().max()) <= 1e-4
+
+
+def stepwise(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] by a pool of keys and values: 5 tokens at once, then one at a time."""
+    engine = Engine(model, capacity=2)
+    slots = [engine.pool.acquire() for _ in tokens]
+    outs: list[list[torch.Tensor]] = [[] for _ in tokens]
+    begin = 0
+    for end in range(5, tokens.shape[1] + 1):
+        spans = [
+            Span(s, begin, row[begin:end].tolist(), range(end - begin)) for s, row in zip(slots, tokens, strict=True)
+        ]
+        for out, rows in zip(outs, engine.runner.step(spans).logits, strict=True):
+            out.append(rows)
+        begin = end
+    return torch.stack([torch.cat(rows) for rows in outs])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["llama3", "qwen2", "gemma3"])
+def test_greedy_generation_equals_generate(case: str, converted: Callable[..., Any]) -> None:
+    theirs, ours = converted(case)
+    prompt = tokens_of(case)[0, :12]
+    expected = theirs.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    engine = Engine(ours.model, capacity=2)
+    sequence = Sequence("a", prompt.tolist(), SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True))
+    engine.submit(sequence)
+    while engine.has_work:
+        engine.step()
+    assert sequence.tokens == expected[0].tolist()

@@ -1,0 +1,176 @@
+"""Checkpoints that do not fit or that are hostile: refused with the reason, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nested_runtime.convert.cli import convert, main
+from nested_runtime.errors import ConfigError
+
+Checkpoint = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture
+def source(tmp_path: Path, checkpoint: Checkpoint) -> Path:
+    """A copy of a good checkpoint, to be spoiled."""
+    folder, _ = checkpoint("llama")
+    shutil.copytree(folder, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def edit(path: Path, **fields: Any) -> None:
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in {**values, **fields}.items() if v is not None}))
+
+
+def change_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+
+
+def refusal(source: Path) -> str:
+    out = source.parent / "out"
+    with pytest.raises(ConfigError) as caught:
+        convert(source, out, {})
+    assert not out.exists(), "something was written"
+    return str(caught.value)
+
+
+def test_every_missing_and_unexpected_tensor_is_listed(source: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+            del tensors[name]
+        tensors["model.layers.0.self_attn.q_proj.lora_A"] = torch.zeros(2)
+        tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
+
+    change_tensors(source, change)
+    message = refusal(source)
+    assert "missing tensors ['model.layers.1.mlp.up_proj.weight', 'model.norm.weight']" in message
+    assert "unexpected tensors ['model.layers.0.self_attn.q_proj.lora_A', 'model.layers.9.mlp.up_proj" in message
+
+
+def test_every_wrong_shape_type_and_value_is_listed(source: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = torch.zeros(31)
+        tensors["lm_head.weight"] = torch.zeros(320, 32, dtype=torch.int8)
+        tensors["model.embed_tokens.weight"][3, 3] = float("nan")
+
+    change_tensors(source, change)
+    message = refusal(source)
+    assert "model.norm.weight has shape [31], expected [32]" in message
+    assert "lm_head.weight has type torch.int8" in message
+    assert "model.embed_tokens.weight holds NaN" in message
+
+
+def test_pickles_are_never_opened(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    assert "pickle files only (pytorch_model.bin)" in refusal(source)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_checkpoint_is_never_run(source: Path, file: str) -> None:
+    edit(source / file, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    assert "auto_map asks for code" in refusal(source)
+
+
+@pytest.mark.parametrize("size", [1 << 62, 1 << 30, 40])
+def test_a_header_that_lies_is_refused(source: Path, size: int) -> None:
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", size) + b'{"a": 1}')
+    assert "not a whole safetensors file" in refusal(source)
+
+
+def test_a_truncated_file_is_refused(source: Path) -> None:
+    data = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(data[:-10])
+    assert "not a whole safetensors file" in refusal(source)
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "model.bin"])
+def test_an_index_cannot_point_elsewhere(source: Path, file: str) -> None:
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
+    assert "not a .safetensors file beside it" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba'; known: gemma, gemma3_text, llama"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers"),
+        ({"vocab_size": None}, "vocab_size is None"),
+        ({"hidden_act": "relu6"}, "activation 'relu6'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"num_key_value_heads": 3}, "not a multiple of kv_heads"),
+    ],
+)
+def test_configs_that_cannot_be_had_name_the_field(source: Path, fields: dict[str, Any], named: str) -> None:
+    edit(source / "config.json", **fields)
+    assert named in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("config.json", "[1]", "must hold an object"),
+        ("config.json", "{" * 100_000, "not JSON"),
+        ("tokenizer.json", '{"model": {}}', "not a tokenizer file"),
+        ("chat_template.jinja", "{% for %}", "not valid Jinja"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(source: Path, file: str, content: str, named: str) -> None:
+    (source / file).write_text(content)
+    assert named in refusal(source)
+
+
+def test_missing_files_are_named(source: Path) -> None:
+    (source / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in refusal(source)
+    (source / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in refusal(source)
+    shutil.rmtree(source)
+    assert "is not a folder" in refusal(source)
+
+
+def test_shards_and_a_tied_head_that_is_stored(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    _, theirs = checkpoint("smollm")
+    folder, _ = checkpoint("smollm")
+    shutil.copytree(folder, tmp_path / "shards")
+    (tmp_path / "shards" / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    convert(folder, tmp_path / "one", {})
+    convert(tmp_path / "shards", tmp_path / "many", {})
+    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    shutil.copytree(folder, tmp_path / "tied")
+    change_tensors(tmp_path / "tied", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    convert(tmp_path / "tied", tmp_path / "out", {})
+    change_tensors(tmp_path / "tied", lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ConfigError, match="is not the embedding"):
+        convert(tmp_path / "tied", tmp_path / "out", {})
+
+
+def test_the_command_says_it_in_one_line(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(source), str(source.parent / "out"), "--context", "32"])
+    assert "3 blocks of 32" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main([str(source), str(source.parent / "out2"), "--context", "129"])
+    assert caught.value.code == 2
+    assert "--context 129 is over max_position_embeddings, 128" in capsys.readouterr().err
