@@ -189,5 +189,5 @@ def test_an_unknown_model_lists_what_is_shipped(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown model family 'gpt'; known: hope, transformer"):
+    with pytest.raises(ConfigError, match="unknown model family 'gpt'; known: hope, hope-attention, transformer"):
         build("gpt", {})
