@@ -116,7 +116,7 @@ class InProcess:
     def _answer(self, question: Question) -> tuple[list[int], list[bool]]:
         """Tokens of the reference answer, and which of them belong to the value."""
         rendered = render_dialogue(Dialogue((question.reference,), ()), self._tokenizer)
-        return rendered.tokens.tolist(), (rendered.weights == Weights.value).tolist()
+        return rendered.tokens.tolist(), (rendered.weights >= Weights.value).tolist()
 
     def _forced(self, question: Question, taught: _Outcome, guessed: _Outcome) -> Forced | None:
         if question.kind == "unknown":

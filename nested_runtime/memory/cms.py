@@ -129,7 +129,7 @@ class ContinuumMemory(nn.Module):
         moved = {name: delta + moves[name] for name, delta in old.items()}
         moved = scaled(moved, (level.max_norm / total_norm(moved)).clamp(max=1.0))
         new |= {f"{number + 1}.delta.{name}": tensor for name, tensor in moved.items()}
-        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in new.values()]).all(0)
+        finite = torch.stack([tensor.reshape(tensor.shape[0], -1).isfinite().all(1) for tensor in new.values()]).all(0)
         return LevelStep(new, norm.detach().clamp(max=level.max_step), finite)
 
 

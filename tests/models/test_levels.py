@@ -114,7 +114,7 @@ def test_scan_of_any_split_equals_the_whole(
     assert_same(state, whole)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "hope-attention"])  # refuses them by name
 @pytest.mark.parametrize("setup", [SETUPS[0], SETUPS[1]], ids=name_of)
 def test_every_family_takes_levels(family: str, setup: dict[str, Any], make_model: MakeModel) -> None:
     model, tokens = make_model(family, **setup).requires_grad_(False), draw_tokens(0, 2, 21)
