@@ -134,8 +134,11 @@ class TurnResult:
     state     tensors by TensorSpec name (CPU copies)
     position  session tokens in `state`
     pending   the sampled token that is not in `state` yet and must be read first next time (None if none)
+    updates   chunks of this turn after which levels learned; refused: chunks after which they diverged and did not
     """
 
     state: Mapping[str, torch.Tensor]
     position: int
     pending: int | None
+    updates: int = 0
+    refused: int = 0

@@ -4,7 +4,8 @@
     while engine.has_work:
         for event in engine.step(): ...
 
-A step admits, plans, runs one packed forward pass, samples, and ends the sequences that are done. Whether a sequence
+A step admits, plans, runs one packed forward pass, samples, ends the sequences that are done, and lets levels learn
+whose chunk is full (`updates.py`). Whether a sequence
 stops is decided inside the step, so its final state is a function of its tokens and never of timing.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from nested_runtime.engine.job import Job
 from nested_runtime.engine.prefix import PrefixCache
 from nested_runtime.engine.runner import Runner, state_specs
 from nested_runtime.engine.scheduler import Scheduler
+from nested_runtime.engine.updates import Updates
 from nested_runtime.errors import ContextOverflow, RequestError
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.sampling import Chooser, choose, token_logprobs, validate
@@ -36,6 +39,7 @@ class Engine:
     max_batch_tokens    tokens of one step (see Scheduler); max_queue: sequences that may wait for a slot
     prefix_cache_bytes  host memory for states after prompt prefixes; 0 = off
     kv_bytes            of keys and values of all running sequences; None = enough for every slot at its longest
+    update_share        time for updates of levels between two steps, in units of a step's time
     State tensors are what `model.state_spec()` says; a float64 model gets float64 states.
     """
 
@@ -49,6 +53,7 @@ class Engine:
         max_queue: int = 256,
         prefix_cache_bytes: int = 0,
         kv_bytes: int | None = None,
+        update_share: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = model.eval()
@@ -58,6 +63,7 @@ class Engine:
         quantum = min(max_batch_tokens, model.chunk * max(1, 64 // model.chunk))
         self.scheduler = Scheduler(max_batch_tokens=max_batch_tokens, max_queue=max_queue, quantum=quantum)
         self.runner = Runner(model, self.pool, max_tokens=max_batch_tokens + capacity, max_sequences=capacity)
+        self.updates = Updates(model, self.pool, update_share)
         self.prefixes = PrefixCache(model.chunk, prefix_cache_bytes)
         self._jobs: dict[str, Job] = {}
         self._events: list[TokenEvent] = []
@@ -74,14 +80,15 @@ class Engine:
         return self.pool.capacity + self.scheduler.max_queue
 
     def warm_up(self) -> None:
-        """Run a prefill and a decode through the model, uncounted. Raises what they raise."""
+        """Run a prefill, an update if levels adapt, and a decode, uncounted. Raises what they raise."""
         params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        self.submit(Sequence("warm-up", [0] * (self.model.chunk + 1), params))
+        self.submit(Sequence("warm-up", [0] * (max(self.model.chunk, self.model.update_chunk) + 1), params))
         while self.has_work:
             for event in self.step():
                 if event.error is not None:
                     raise event.error
         self._counters.clear()
+        self.updates.num_steps = 0
 
     def forget_prefixes(self, prefix: tuple[str, ...]) -> None:
         """Drop the cached prompt prefixes whose cache_key starts with `prefix`."""
@@ -119,6 +126,7 @@ class Engine:
         if sequence.id in self._jobs:
             raise RequestError(f"a sequence with id {sequence.id!r} is already running; ids must be unique", param="id")
         job = Job(sequence, Chooser(sequence.params, sequence.prompt, self.end_tokens), sequence.state)
+        job.chunk = self.model.update_chunk
         leader = self._jobs.get(sequence.fork_of or "")
         leader = leader.leader or leader if leader is not None else None
         if leader is not None and leader.can_lead(sequence):
@@ -147,7 +155,12 @@ class Engine:
             self._start(self.scheduler.admit())
         plan = self.scheduler.plan()
         if plan:
+            began, decodes = perf_counter(), not plan[0][0].is_prefilling
             self._run(plan)
+            if decodes:
+                self.updates.saw_step(perf_counter() - began)
+        if self.model.update_chunk:
+            self._update()
         events, self._events = self._events, []
         return events
 
@@ -161,6 +174,8 @@ class Engine:
             "kv_blocks": self.pool.blocks.num_blocks if self.pool.blocks else 0,
             "kv_blocks_free": self.pool.blocks.num_free if self.pool.blocks else 0,
             **{name: self._counters[name] for name in ("steps", "prompt_tokens", "sampled_tokens")},
+            "updates": self.updates.num_steps,
+            "updates_refused": self.updates.num_refused,
             "prefix_queries": self.prefixes.num_queries,
             "prefix_hits": self.prefixes.num_hits,
             "prefix_hit_tokens": self.prefixes.num_hit_tokens,
@@ -180,6 +195,8 @@ class Engine:
                 job.add_cut(point)
         if job.state is not None:
             self.pool.load(sequence.slot, job.state)
+            if job.chunk:
+                job.filled = int(job.state["chunk.count"][0])
             job.state = None
         self._pass_cuts(job)
 
@@ -198,7 +215,7 @@ class Engine:
                 self._fail(job, job.diverged())
                 continue
             was_prefilling = job.is_prefilling
-            job.sequence.num_done += num_new
+            job.advance(num_new, self._counters["steps"])
             if was_prefilling:
                 self._counters["prompt_tokens"] += num_new
                 self._advance_prompt(job, num_new, rows)
@@ -208,6 +225,20 @@ class Engine:
         for job, _ in sampling:
             if not job.sequence.output:
                 self._complete(job, FinishReason.STOP if job.finishing else FinishReason.LENGTH)
+
+    def _update(self) -> None:
+        """Let the levels of some sessions with a full chunk take their step."""
+        live = [job for job in self.scheduler.running if job.is_prefilling or not job.finishing]
+        due = [job for job in live if job.is_due]
+        if not due:
+            return
+        others_decode = any(not job.is_prefilling and not job.is_due for job in live)
+        chosen = self.updates.choose(due, others_decode=others_decode)
+        try:
+            self.updates.run(chosen)
+        except Exception as error:  # noqa: BLE001 - as in _run: what the model left in these slots is not known
+            for job in chosen:
+                self._fail(job, error)
 
     def _advance_prompt(self, job: Job, num_new: int, rows: torch.Tensor) -> None:
         """Bookkeeping after prompt tokens were read: log-probabilities, cuts, the state at the prompt's end."""
@@ -281,13 +312,14 @@ class Engine:
         sequence = job.sequence
         result: TurnResult | None = None
         if sequence.keep_state_at_prompt and sequence.prompt_state is not None:
-            result = TurnResult(sequence.prompt_state, sequence.position + len(sequence.prompt), None)
+            place = sequence.position + len(sequence.prompt)
+            result = TurnResult(sequence.prompt_state, place, None, job.updates, job.refused)
         elif sequence.keep_state:
             if not self.pool.is_finite(sequence.slot):
                 self._fail(job, job.diverged())
                 return
             pending = sequence.output[-1] if sequence.output else None
-            result = TurnResult(self.pool.save(sequence.slot), job.place, pending)
+            result = TurnResult(self.pool.save(sequence.slot), job.place, pending, job.updates, job.refused)
         self._end(job, reason, token=token, logprobs=logprobs, result=result)
 
     def _fail(self, job: Job, error: Exception) -> None:

@@ -28,6 +28,11 @@ class Job:
     followers: list[Job] = field(default_factory=list)  # forks that wait for this prefill
     leader: Job | None = None  # the job whose prefill this fork waits for
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    chunk: int = 0  # C_1 of the model's levels; 0 = nothing adapts
+    filled: int = 0  # tokens read of the present chunk; at `chunk` the levels must step before the next token
+    due_since: int = 0  # step in which the chunk was full
+    updates: int = 0  # steps of the levels in this turn
+    refused: int = 0  # steps that diverged and were not taken
     finishing: bool = False  # stop as soon as the prompt is read
     is_silent: bool = True  # no event was sent yet
 
@@ -42,10 +47,23 @@ class Job:
         return self.sequence.num_done < len(self.sequence.prompt)
 
     @property
+    def is_due(self) -> bool:
+        """Whether the levels must step before the next token is read."""
+        return 0 < self.chunk == self.filled
+
+    @property
     def room(self) -> int:
-        """Tokens this job may read in one step: up to the next cut or the prompt's end; 1 when decoding."""
+        """Tokens this job may read in one step: up to the chunk's end, the next cut or the prompt's end; 1 decoding."""
         end = self.cuts[0] if self.cuts else len(self.sequence.prompt)
-        return end - self.sequence.num_done if self.is_prefilling else 1
+        room = end - self.sequence.num_done if self.is_prefilling else 1
+        return min(room, self.chunk - self.filled) if self.chunk else room
+
+    def advance(self, num_new: int, step: int) -> None:
+        """`num_new` tokens were read in step number `step`."""
+        self.sequence.num_done += num_new
+        if self.chunk:
+            self.filled += num_new
+            self.due_since = step
 
     @property
     def place(self) -> int:

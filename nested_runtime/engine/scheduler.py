@@ -3,6 +3,7 @@
 Decode first: every running sequence that has read its prompt reads its one sampled token. Then prefill, round-robin in
 quanta that end at multiples of the quantum in the session's own token count, under what the decodes left of the token
 budget, but always at least one quantum so that long prompts move on. Admission is first come, first served.
+A sequence whose levels are due to step waits for it; no read passes the end of a chunk of its levels.
 State has a fixed size, so a running sequence never has to give way to another.
 """
 
@@ -53,13 +54,14 @@ class Scheduler:
                 place.remove(job)
 
     def plan(self) -> list[tuple[Job, int]]:
-        """The next step: (job, tokens to read), decodes first, every job at most once."""
-        decodes = [(job, 1) for job in self.running if not job.is_prefilling]
+        """The next step: (job, tokens to read), decodes first, every job at most once; who waits for an update, not."""
+        decodes = [(job, 1) for job in self.running if not job.is_prefilling and not job.is_due]
         left = (self.max_batch_tokens - len(decodes)) // self.quantum * self.quantum
         return decodes + self._plan_prefill(max(left, self.quantum))
 
     def _plan_prefill(self, budget: int) -> list[tuple[Job, int]]:
-        turns = deque(job for job in self._prefilling if job.is_prefilling)
+        turns = deque(job for job in self._prefilling if job.is_prefilling and not job.is_due)
+        due = deque(job for job in self._prefilling if job.is_prefilling and job.is_due)
         grants = dict.fromkeys(turns, 0)
         served: list[Job] = []
         while turns:
@@ -72,5 +74,5 @@ class Scheduler:
             budget -= take
             turns.popleft()
             (turns if grants[job] < job.room else served).append(job)
-        self._prefilling = turns + deque(served)
+        self._prefilling = due + turns + deque(served)
         return [(job, count) for job, count in grants.items() if count]
