@@ -83,14 +83,24 @@ class GatedCounter(LanguageModel):
         raise NotImplementedError
 
 
+FAST = {"chunk": 4, "hidden": 6, "rate": 0.03, "optimizer": "momentum"}
+SLOW = {"chunk": 8, "hidden": 6, "rate": 0.02}
+LEVELED: dict[str, dict[str, Any]] = {
+    "sequential": {"levels": [FAST, SLOW], "adaptive_blocks": 2},
+    "nested": {"levels": [{**FAST, "rank": 2}, {**SLOW, "rank": 2}], "cms": "nested"},
+    "headwise": {"levels": [FAST, {**SLOW, "rank": 3}], "cms": "headwise"},
+}
+
+
 def _build(name: str, dtype: torch.dtype) -> LanguageModel:
     if name == "counter":
         return GatedCounter().to(dtype).eval()
+    name, _, levels = name.partition("+")
     try:
         family = FAMILIES.get(name)
     except ModuleNotFoundError as error:
         pytest.skip(f"family {name!r} is registered but not there yet: {error}")
-    model = family.from_config(family.TINY)
+    model = family.from_config({**family.TINY, **LEVELED.get(levels, {})})
     # Fresh output projections are zero: without noise a wrong state would go unseen.
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -101,7 +111,7 @@ def _build(name: str, dtype: torch.dtype) -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def build_model() -> Callable[[str, torch.dtype], LanguageModel]:
-    """Builds a model of a registered family's TINY config, or "counter"; equal calls give equal models."""
+    """Builds a family's TINY model, as "family+variant" with levels, or "counter"; equal calls give equal models."""
     return _build
 
 
