@@ -143,6 +143,7 @@ def test_every_optimizer_steps_levels(optimizer: str, make_model: MakeModel) -> 
 
 def test_a_step_follows_the_gradient_of_the_chunk_from_its_start(setup: dict[str, Any], make_model: MakeModel) -> None:
     """Oracle: each chunk read whole by `scan` from the state at its start, with gradients to the deltas in it."""
+    torch.manual_seed(0)
     setup["levels"] = [{**level, "optimizer": "gd", "max_step": 1e6, "max_norm": 1e6} for level in setup["levels"]]
     model, tokens = make_model("hope", **setup).requires_grad_(False), draw_tokens(3, 1, 17)
     state: dict[str, torch.Tensor] | None = None
@@ -166,7 +167,7 @@ def test_a_step_follows_the_gradient_of_the_chunk_from_its_start(setup: dict[str
             state[name] = torch.zeros_like(state[name])
     _, found = model.scan(tokens, None, 0)
     for name in [n for n in found if ".delta." in n]:
-        assert found[name].abs().max() > 1e-4, f"{name} has not moved"
+        assert found[name].abs().max() > 1e-7, f"{name} has not moved"  # 1,000 times what may differ
         torch.testing.assert_close(found[name], state[name], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
