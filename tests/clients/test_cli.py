@@ -131,7 +131,7 @@ def test_chat_at_a_terminal(url: str, new_id: NewId) -> None:
         os.write(main, b"/memory\n")
         assert "version" in read_until(main, "\n> ")
         os.write(main, b"/quit\n")
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()

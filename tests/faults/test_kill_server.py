@@ -39,7 +39,7 @@ def message(number: int) -> str:
     return f"fact {number} is {number * 7919 % 1000}"
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 def test_sigkill_at_random_points(
     serve: Any, store_url: str, turn: Any, settled: Any, alone: Any, healthy: Any, scaled: Callable[[int], int]
 ) -> None:

@@ -52,6 +52,14 @@ def test_docs_link_to_what_exists(path: Path) -> None:
             assert anchor in anchors, f"{path.name} links to {link}, which has no such heading"
 
 
+@each_text
+def test_docs_name_tests_that_exist(path: Path) -> None:
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", path.read_text()):
+        assert (ROOT / file).is_file(), f"{path.name} names {file}, which does not exist"
+        text = (ROOT / file).read_text()
+        assert not name or f"def {name}(" in text, f"{path.name} names {name}, which is not in {file}"
+
+
 def test_docs_tree_of_the_readme_is_the_tree() -> None:
     block = re.search(r"## The tree\n.*?```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block, "README.md ends with the captioned tree"

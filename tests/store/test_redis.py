@@ -315,7 +315,7 @@ def test_no_reply_reaches_another_caller(redis_server: Any) -> None:
         network = BadNetwork(redis_server.port, cut=0.02, seed=3)
         tally = dict.fromkeys(("committed", "cancelled", "failed"), 0)
         async with network as url:
-            store = open_store(url + "?prefix=bad", timeout=1.0)
+            store = open_store(url + "?prefix=bad", timeout=3.0)
             for _ in range(20):
                 try:
                     await store.open()
