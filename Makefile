@@ -76,7 +76,14 @@ pytest: venv redis
 .PHONY: test-faults
 test-faults: venv redis ## kill, cut, pause and feed it garbage (NESTED_FAULT_POINTS=100)
 	@NESTED_FAULT_POINTS=$${NESTED_FAULT_POINTS:-100} OMP_NUM_THREADS=1 \
-		$(BIN)/pytest tests/faults -n $(WORKERS) -m "not soak" --durations=10 -rP $(ARGS)
+		$(BIN)/pytest tests/faults -n $(WORKERS) -m "not soak and not replicas" --durations=10 -rP $(ARGS)
+
+.PHONY: test-replicas
+test-replicas: venv redis ## replicas behind HAProxy, killed and restarted, and on Ray Serve (needs haproxy; pip install -e '.[ray]')
+	@command -v haproxy >/dev/null || test -x /usr/sbin/haproxy || \
+		echo "WARNING: no haproxy (Debian: apt-get install haproxy): its tests will be skipped" >&2
+	@NESTED_FAULT_POINTS=$${NESTED_FAULT_POINTS:-100} OMP_NUM_THREADS=1 \
+		$(BIN)/pytest tests/faults -n 0 -m replicas --durations=10 -rP $(ARGS)
 
 .PHONY: soak
 soak: venv redis ## mixed load for NESTED_SOAK_SECONDS (600) on SQLite and on Redis
