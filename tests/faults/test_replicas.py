@@ -1,4 +1,4 @@
-"""Replicas over one Redis behind the shipped HAProxy configuration: nothing lost, nothing doubled, whatever is killed."""
+"""Replicas over one Redis behind the shipped HAProxy configuration: nothing lost or doubled, whatever is killed."""
 
 from __future__ import annotations
 

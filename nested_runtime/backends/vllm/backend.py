@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,9 @@ from nested_runtime.backends.vllm import plugin
 from nested_runtime.backends.vllm.mailbox import Mailbox
 from nested_runtime.backends.vllm.params import MAX_LOGPROBS, to_logprobs, to_vllm
 from nested_runtime.core import FinishReason, SamplingParams, Sequence, TokenEvent, TurnResult
-from nested_runtime.errors import ContextOverflow, NestedError, Overloaded, RequestError
+from nested_runtime.engine.runner import state_specs
+from nested_runtime.errors import ConfigError, ContextOverflow, NestedError, Overloaded, RequestError
+from nested_runtime.models.base import LanguageModel
 from nested_runtime.sampling import validate
 from nested_runtime.state.pool import check_state
 from nested_runtime.state.spec import TensorSpec, total_bytes
@@ -37,7 +39,7 @@ __all__ = ["VllmBackend", "VllmOptions"]
 
 PLACEHOLDER = 0  # reported to vLLM as cached, never read
 BLOCKS_OF_VLLM = 2  # cache blocks that no request gets: vLLM's null block, and one to spare
-HEADER_BYTES = 8
+POSITION_BYTES = 4
 HAND_BACK_SECONDS = 60.0
 
 
@@ -75,17 +77,16 @@ class VllmBackend:
         *,
         model_id: str,
         fingerprint: str,
-        specs: tuple[TensorSpec, ...],
-        vocab_size: int,
+        model: LanguageModel,
         end_tokens: Collection[int],
         options: VllmOptions,
     ) -> None:
         self.model_id = model_id
         self.fingerprint = fingerprint
-        self.specs = specs
+        self.specs = _supported(model)
         self.max_context = options.max_context
         self._folder, self._options = folder, options
-        self._vocab_size, self._end_tokens = vocab_size, tuple(end_tokens)
+        self._vocab_size, self._end_tokens = model.vocab_size, tuple(end_tokens)
         self._engine: AsyncLLM | None = None
         self._mailbox: Mailbox | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -110,7 +111,7 @@ class VllmBackend:
 
     def _arguments(self, mailbox: Path) -> AsyncEngineArgs:
         options = self._options
-        block = total_bytes(self.specs) + HEADER_BYTES * len(self.specs)
+        block = total_bytes(self.specs) + POSITION_BYTES * len(self.specs)
         return AsyncEngineArgs(
             model=str(self._folder),
             config_format=plugin.FORMAT,
@@ -276,14 +277,13 @@ class VllmBackend:
 
     async def _request(
         self, sequence: Sequence, prompt: list[int], params: SamplingParams, *, keeps: bool
-    ) -> AsyncIterator[_Part]:
+    ) -> AsyncGenerator[_Part, None]:
         """One request to vLLM from the sequence's start state; the last part has the state if it `keeps` it."""
         engine, mailbox, name = self._engine, self._mailbox, uuid.uuid4().hex
         if engine is None or mailbox is None:
             raise Overloaded(f"the backend takes no work: {self._closed_because}; retry later")
         transfer = {"save": name} if keeps else {}
-        # A fresh state needs no loading, unless the first token could be taken for a placeholder.
-        loads = sequence.state is not None or sequence.position > 0 or prompt[0] == PLACEHOLDER
+        loads = sequence.state is not None or sequence.position > 0
         try:
             if loads:
                 zeros = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.specs}
@@ -294,6 +294,7 @@ class VllmBackend:
                 mailbox.expect(name)
             tokens = TokensPrompt(prompt_token_ids=[PLACEHOLDER, *prompt] if loads else prompt)
             wanted = to_vllm(params, self._end_tokens, transfer)
+            self._counters["prompt_tokens"] += len(prompt)
             first, sampled = True, 0
             async with aclosing(engine.generate(tokens, wanted, name)) as outputs:
                 async for output in outputs:
@@ -305,7 +306,6 @@ class VllmBackend:
                             read = sequence.position + len(prompt) + max(0, sampled - 1)
                             part = await self._with_state(part, name, read, mailbox)
                         yield part
-            self._counters["prompt_tokens"] += len(prompt)
         finally:
             mailbox.forget(name)
 
@@ -313,7 +313,20 @@ class VllmBackend:
         state, position = await mailbox.take(name, HAND_BACK_SECONDS)
         if position != read:
             raise NestedError(f"vLLM read {position} session tokens where {read} were due; nothing was learned")
+        state = {spec.name: state[spec.name] for spec in self.specs}  # the codec writes in this order
         return replace(part, event=replace(part.event, result=TurnResult(state, position, part.token)))
+
+
+def _supported(model: LanguageModel) -> tuple[TensorSpec, ...]:
+    """The state of a model vLLM can serve: memories of fixed size that change by reading alone."""
+    specs = state_specs(model)
+    if model.update_chunk or any(spec.grows for spec in specs) or not specs:
+        raise ConfigError(
+            "--backend vllm serves models whose memories have a fixed size and no adaptive levels; "
+            f"{type(model).__name__} has update_chunk {model.update_chunk} and {len(specs)} state tensors: "
+            "use --backend native"
+        )
+    return specs
 
 
 def _parts(sequence_id: str, params: SamplingParams, output: Any, *, shift: int, first: bool) -> list[_Part]:

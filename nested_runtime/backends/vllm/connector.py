@@ -1,8 +1,7 @@
 """The KV connector: a session's state into a cache block before its request runs, out of it when the request has ended.
 
-What to do comes with a request as `kv_transfer_params`: `{"load": name, "save": name}` from nested-serve, by mailbox
-names; `{"session_id": id, "tenant": name}` from a client of plain `vllm serve`, with the store that
-`kv_connector_extra_config` names (see `keeper.py`).
+What to do comes with a request as `kv_transfer_params`, as mailbox names:
+`{"load": name, "save": name}`, each optional.
 
 vLLM loads before a forward pass only what counts as cached tokens, so every loading request begins with one placeholder
 token which is reported as cached and never reaches the model. A request is saved one engine step after its end, when
@@ -26,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.request import Request, RequestStatus
 
 from nested_runtime.backends.vllm.mailbox import Post
-from nested_runtime.backends.vllm.model import NOTHING, SessionMemory
+from nested_runtime.backends.vllm.model import POSITION, SessionMemory
 from nested_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,17 +101,17 @@ class SessionConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             state, position = self._post.read(load.name)
             for name, memory in self._memories.items():
                 for key, tensor in memory.tensors.items():
-                    if key != "header":
+                    if key != POSITION.name:
                         tensor[load.block].copy_(state[f"{name}.{key}"])
-                memory.tensors["header"][load.block] = torch.tensor([position, NOTHING])
+                memory.tensors[POSITION.name][load.block] = position
 
     def wait_for_save(self) -> None:
         """States out of the blocks of requests that have ended."""
         for save in self._get_connector_metadata().saves:
             state: dict[str, torch.Tensor] = {}
             for name, memory in self._memories.items():
-                state |= {f"{name}.{k}": t[save.block].cpu() for k, t in memory.tensors.items() if k != "header"}
-            position = int(next(iter(self._memories.values())).tensors["header"][save.block, 0])
+                state |= {f"{name}.{k}": t[save.block].cpu() for k, t in memory.tensors.items() if k != POSITION.name}
+            position = int(next(iter(self._memories.values())).tensors[POSITION.name][save.block])
             self._post.write(save.name, state, position)
             self._saved.add(save.request_id)
 

@@ -1,4 +1,4 @@
-"""How states travel between nested-serve and vLLM's engine process: files in a private folder, and a word when one is there.
+"""How states travel between nested-serve and vLLM's engine process: private files, and a word when one is there.
 
 The server writes `<name>.in`, names it in the request, and waits; the connector writes `<name>.out` and says so by a
 datagram. The folder lies in memory (/dev/shm) where there is such a place, and nobody else may look into it. What lies

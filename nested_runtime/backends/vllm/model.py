@@ -1,14 +1,14 @@
 """Our models inside vLLM. A session's state is one block of vLLM's mamba cache; a request without one starts fresh.
 
-Each block of the model registers a `SessionMemory` as vLLM's cache layer: the rule's tensors and a header (session tokens
-read; a token to be read first). Page arithmetic, admission and batching are vLLM's, everything else is the same code as
-in our own engine: the packed batch is rebuilt from vLLM's metadata, and the same kernels run in place on the cache.
+Each block of the model registers a `SessionMemory` as vLLM's cache layer: the rule's tensors and how many
+session tokens are in them. Page arithmetic, admission and batching are vLLM's, everything else is the same
+code as in our own engine: the packed batch is rebuilt from vLLM's metadata, and the same kernels run in
+place on the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
@@ -24,12 +24,10 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from nested_runtime.core import Batch
 from nested_runtime.models.loading import build
 from nested_runtime.state.spec import TensorSpec
-from nested_runtime.tokenizer import PAD, SPECIAL
 
-__all__ = ["NOTHING", "NestedForCausalLM", "SessionMemory", "config_fields"]
+__all__ = ["POSITION", "NestedForCausalLM", "SessionMemory"]
 
-NOTHING = -1  # header: no pending token
-HEADER = TensorSpec("header", (2,), torch.int32)  # session tokens in the state; a token to be read before the next ones
+POSITION = TensorSpec("position", (), torch.int32)  # session tokens in the state
 
 
 class SessionMemory(MambaBase):  # type: ignore[misc]  # vLLM is not installed where mypy runs
@@ -40,7 +38,7 @@ class SessionMemory(MambaBase):  # type: ignore[misc]  # vLLM is not installed w
     """
 
     def __init__(self, specs: tuple[TensorSpec, ...]) -> None:
-        self.specs = (HEADER, *specs)
+        self.specs = (POSITION, *specs)
         self.tensors: dict[str, torch.Tensor] = {}
         self.kv_cache: tuple[torch.Tensor, ...] = ()
 
@@ -69,14 +67,6 @@ class SessionMemory(MambaBase):  # type: ignore[misc]  # vLLM is not installed w
         self.kv_cache = tuple(self.tensors.values())
 
 
-@dataclass(frozen=True)
-class _Step:
-    """The packed batch of a step, and which of its rows vLLM knows of (None: all)."""
-
-    batch: Batch
-    rows: torch.Tensor | None
-
-
 class NestedForCausalLM(nn.Module, HasInnerState, IsAttentionFree):  # type: ignore[misc]
     """A model family of ours as vLLM sees it."""
 
@@ -84,7 +74,7 @@ class NestedForCausalLM(nn.Module, HasInnerState, IsAttentionFree):  # type: ign
         super().__init__()
         torch.set_flush_denormal(True)  # decayed memories are slow otherwise; a setting of this thread
         self.config = vllm_config.model_config.hf_config
-        self.model = build(*config_fields(self.config.nested))
+        self.model = build(*_fields(self.config.nested))
         self.memories: dict[str, SessionMemory] = {}
         known = vllm_config.compilation_config.static_forward_context
         for name, specs in _by_block(self.model.state_spec()).items():
@@ -94,23 +84,17 @@ class NestedForCausalLM(nn.Module, HasInnerState, IsAttentionFree):  # type: ign
         """vLLM's interface; the model embeds its tokens itself."""
         raise NotImplementedError("embeddings cannot be given to this model; give token ids")
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, *_: Any, **__: Any
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Hidden states [T, D] of vLLM's packed tokens [T]; states are changed in place."""
         metadata = get_forward_context().attn_metadata
         hidden = torch.zeros(input_ids.shape[0], self.config.hidden_size, device=input_ids.device)
         if metadata is None:  # vLLM measures memory
             return hidden
-        step = self._step(input_ids, metadata[next(iter(self.memories))])
+        batch = self._batch(input_ids, metadata[next(iter(self.memories))])
         pool = {f"{name}.{key}": t for name, memory in self.memories.items() for key, t in memory.tensors.items()}
-        out = self.model(step.batch, pool)
-        self._header[step.batch.slots.long(), 0] += step.batch.cu_seqlens.diff()
-        if step.rows is None:
-            hidden[: out.shape[0]] = out
-        else:
-            known = step.rows >= 0
-            hidden[step.rows[known]] = out[known]
+        out = self.model(batch, pool)
+        self._position[batch.slots.long()] += batch.cu_seqlens.diff()
+        hidden[: out.shape[0]] = out
         return hidden
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -125,27 +109,18 @@ class NestedForCausalLM(nn.Module, HasInnerState, IsAttentionFree):  # type: ign
         return {f"model.{name}" for name in given}
 
     @property
-    def _header(self) -> torch.Tensor:
-        """[cache blocks, 2], kept by the first layer."""
-        return next(iter(self.memories.values())).tensors[HEADER.name]
+    def _position(self) -> torch.Tensor:
+        """Session tokens in the state of every cache block, kept by the first layer."""
+        return next(iter(self.memories.values())).tensors[POSITION.name]
 
-    def _step(self, tokens: torch.Tensor, metadata: Any) -> _Step:
+    def _batch(self, tokens: torch.Tensor, metadata: Any) -> Batch:
         """vLLM's metadata as a Batch. Requests that have nothing in their block yet start from the fresh state."""
         bounds, slots = metadata.query_start_loc.int(), metadata.state_indices_tensor.int()
-        lengths = bounds.diff()
-        fresh = slots[metadata.seq_lens[: len(slots)] == lengths].long()
+        fresh = slots[metadata.seq_lens[: len(slots)] == bounds.diff()].long()
         for memory in self.memories.values() if len(fresh) else ():
             for tensor in memory.tensors.values():
-                tensor[fresh] = 0
-        self._header[fresh, 1] = NOTHING
-        header = self._header[slots.long()]
-        first = bounds[:-1].long()
-        placeholder = (tokens[first] == SPECIAL.index(PAD)) & torch.isin(slots.long(), fresh)
-        pending = header[:, 1]
-        if not bool(placeholder.any()) and bool((pending == NOTHING).all()):
-            return _Step(Batch(tokens[: bounds[-1]], bounds, slots, header[:, 0].long()), None)
-        self._header[slots.long(), 1] = NOTHING
-        return _edited(tokens, bounds, slots, header, placeholder)
+                tensor[fresh] = 0  # vLLM hands blocks out as the last request left them
+        return Batch(tokens[: bounds[-1]], bounds, slots, self._position[slots.long()].long())
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -163,33 +138,7 @@ class NestedForCausalLM(nn.Module, HasInnerState, IsAttentionFree):  # type: ign
         return (get_temporal_copy_spec,)
 
 
-def _edited(
-    tokens: torch.Tensor, bounds: torch.Tensor, slots: torch.Tensor, header: torch.Tensor, placeholder: torch.Tensor
-) -> _Step:
-    """A batch that differs from vLLM's: placeholders are not read, pending tokens are read first."""
-    packed: list[int] = []
-    rows: list[int] = []
-    ends = [0]
-    given, edges = tokens.tolist(), bounds.tolist()
-    for b, (pending, skip) in enumerate(zip(header[:, 1].tolist(), placeholder.tolist(), strict=True)):
-        if pending != NOTHING:
-            packed.append(pending)
-            rows.append(-1)
-        begin = edges[b] + (1 if skip else 0)
-        packed += given[begin : edges[b + 1]]
-        rows += range(begin, edges[b + 1])
-        ends.append(len(packed))
-    device = tokens.device
-    batch = Batch(
-        torch.tensor(packed, device=device),
-        torch.tensor(ends, dtype=torch.int32, device=device),
-        slots,
-        header[:, 0].long(),
-    )
-    return _Step(batch, torch.tensor(rows, device=device))
-
-
-def config_fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _fields(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Family and fields of a config.json, as `build` takes them."""
     return str(config["family"]), {k: v for k, v in config.items() if k not in ("family", "name")}
 
@@ -205,5 +154,5 @@ def _by_block(specs: Iterable[TensorSpec]) -> dict[str, tuple[TensorSpec, ...]]:
 
 def _block_specs(vllm_config: VllmConfig) -> tuple[TensorSpec, ...]:
     with torch.device("meta"):
-        model = build(*config_fields(cast(Mapping[str, Any], vllm_config.model_config.hf_config.nested)))
-    return (HEADER, *next(iter(_by_block(model.state_spec()).values())))
+        model = build(*_fields(cast(Mapping[str, Any], vllm_config.model_config.hf_config.nested)))
+    return (POSITION, *next(iter(_by_block(model.state_spec()).values())))

@@ -1,8 +1,6 @@
-"""The plugin: registers our model, config format and tokenizer with vLLM, in every process vLLM starts.
+"""The plugin: registers our model and the format of our config.json with vLLM, in every process vLLM starts.
 
-Entry point `nested` of the group `vllm.general_plugins`. Then any checkpoint folder of ours is served by
-
-    vllm serve FOLDER --config-format nested --tokenizer-mode nested ...    (all options: docs/scaling.md)
+Entry point `nested` of the group `vllm.general_plugins`.
 """
 
 from __future__ import annotations
@@ -11,26 +9,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig
 from vllm import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
-from vllm.renderers.registry import RENDERER_REGISTRY
-from vllm.tokenizers.hf import get_cached_tokenizer
-from vllm.tokenizers.registry import TokenizerRegistry
 from vllm.transformers_utils import config as configs
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from nested_runtime.models.loading import resolve
-from nested_runtime.tokenizer import ASSISTANT, END, PAD, ROLES, SPECIAL
+from nested_runtime.tokenizer import END, SPECIAL
 
-__all__ = ["ARCHITECTURE", "FORMAT", "NestedConfig", "NestedConfigParser", "NestedTokenizer", "register"]
+__all__ = ["ARCHITECTURE", "FORMAT", "NestedConfig", "NestedConfigParser", "register"]
 
 ARCHITECTURE = "NestedForCausalLM"
-FORMAT = "nested"  # of --config-format and --tokenizer-mode
-TEMPLATE = (
-    "{{ '" + PAD + "' }}{% for m in messages %}{{ " + json.dumps(ROLES) + "[m['role']] + ' ' + m['content'] + '" + END
-    + "' }}{% endfor %}{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
-)  # fmt: skip
+FORMAT = "nested"  # of config.json, as --config-format has it
 
 
 class NestedConfig(PreTrainedConfig):  # type: ignore[misc]  # vLLM and transformers are not installed where mypy runs
@@ -60,18 +51,6 @@ class NestedConfigParser(ConfigParserBase):  # type: ignore[misc]
         return config.to_dict(), config
 
 
-class NestedTokenizer:
-    """Our tokenizer as one of transformers', with the chat template and the place for a session's pending token."""
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *_: Any, **__: Any) -> PreTrainedTokenizerFast:
-        """vLLM's interface."""
-        file = resolve(str(folder)) / "tokenizer.json"
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=END, pad_token=PAD)
-        tokenizer.chat_template = TEMPLATE
-        return get_cached_tokenizer(tokenizer)
-
-
 def register() -> None:
     """Make everything known to vLLM; safe to call again."""
     if ARCHITECTURE in MODELS_CONFIG_MAP:
@@ -80,5 +59,3 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, f"{here}.model:NestedForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = MambaModelConfig
     configs.register_config_parser(FORMAT)(NestedConfigParser)
-    TokenizerRegistry.register(FORMAT, __name__, "NestedTokenizer")
-    RENDERER_REGISTRY.register(FORMAT, "vllm.renderers.hf", "HfRenderer")
