@@ -111,6 +111,9 @@ def build_service(
         metrics.observe(name, value)
         tracing.measured(name, value)
 
+    for model in models:
+        if isinstance(model.backend, NativeBackend):
+            model.backend.observe = metrics.observe
     vault = Vault(store, settings.sessions, observe)
     runtime = Runtime(vault, models)
     return Service(

@@ -27,6 +27,7 @@ COUNTERS = {
     "prefix_cache_hits": ("prefix_hits", "prompts found in the prefix cache"),
     "num_preemptions": ("preemptions", "sequences that gave way (never: a state has a fixed size)"),
     "memory_updates": ("updates", "update jobs of slow levels"),
+    "memory_updates_refused": ("updates_refused", "updates that diverged: the levels stayed as they were"),
 }
 
 Stats = Callable[[], Iterable[tuple[str, dict[str, Any]]]]
@@ -43,7 +44,7 @@ class Metrics:
         self.first_token = self._histogram("time_to_first_token_seconds", "request to first token", "model")
         self.between_tokens = self._histogram("inter_token_latency_seconds", "token to token", "model")
         self.whole = self._histogram("e2e_request_latency_seconds", "request to finished reply", "model")
-        self._vault = {
+        self._measured = {
             "load_seconds": self._histogram("memory_load_seconds", "reading a state from the store"),
             "commit_seconds": self._histogram("memory_commit_seconds", "writing a state to the store"),
             "update_seconds": self._histogram("memory_update_seconds", "an update of a slow level"),
@@ -51,8 +52,8 @@ class Metrics:
         }
 
     def observe(self, name: str, value: float) -> None:
-        """The vault's observer."""
-        self._vault[name].observe(value)
+        """Told by the vault and by engines, whose threads differ: the histograms are made for that."""
+        self._measured[name].observe(value)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -63,6 +63,7 @@ class NativeBackend:
     max_context         tokens one turn may read + write
     max_resident(_bytes)  bounds of the states that `retain` keeps in memory
     num_threads         torch threads of the engine thread
+    observe             told name and value of every update of levels, by the engine thread; set it before start()
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class NativeBackend:
         self.fingerprint = fingerprint
         self.max_context = max_context
         self.specs = engine.specs
+        self.observe: Callable[[str, float], None] = lambda _name, _value: None
         self._engine = engine
         self._num_threads = num_threads
         self._residents = StateCache(max_resident_bytes, max_resident)
@@ -230,6 +232,7 @@ class NativeBackend:
         except Exception as error:  # noqa: BLE001 - reported to start()
             self._call(_resolve, ready, error)
             return
+        self._engine.updates.observe = self.observe
         self._call(_resolve, ready, None)
         try:
             while self._run_commands():

@@ -17,7 +17,7 @@ from nested_runtime.kernels.delta_rule.chunk import chunk_scan
 from nested_runtime.kernels.delta_rule.layout import RuleOptions, rows
 from nested_runtime.kernels.delta_rule.segment import DeltaState, segment
 from nested_runtime.kernels.dispatch import packed_kernels
-from nested_runtime.kernels.short_conv.reference import short_conv
+from nested_runtime.kernels.short_conv.differentiable import short_conv
 from nested_runtime.memory.base import State, UpdateRule
 from nested_runtime.state.spec import TensorSpec
 

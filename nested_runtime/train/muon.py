@@ -11,26 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Muon", "orthogonalise"]
+from nested_runtime.optim.matrices import newton_schulz, shape_scale
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-STEPS = 5
-EPS = 1e-7
-
-
-def orthogonalise(g: torch.Tensor) -> torch.Tensor:
-    """Matrices [N, R, C] -> about U V^T of each one's singular value decomposition, by five Newton-Schulz steps.
-
-    X <- a X + (b A + c A^2) X with A = X X^T, from X = G / |G|; singular values end between 0.7 and 1.2.
-    """
-    a, b, c = COEFFICIENTS
-    tall = g.shape[1] > g.shape[2]
-    x = g.transpose(1, 2) if tall else g
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
-    for _ in range(STEPS):
-        square = x @ x.transpose(1, 2)
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.transpose(1, 2) if tall else x
+__all__ = ["Muon"]
 
 
 class Muon(torch.optim.Optimizer):
@@ -65,7 +48,7 @@ class Muon(torch.optim.Optimizer):
             buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             buffer.lerp_(grad, 1 - group["momentum"])
             updates.append(grad.lerp(buffer, group["momentum"]))
-        rows, columns = params[0].shape
-        scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-        for p, u in zip(params, orthogonalise(torch.stack(updates)), strict=True):
+        stacked = torch.stack(updates)
+        scale = group["lr"] * shape_scale(stacked)
+        for p, u in zip(params, newton_schulz(stacked), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-scale)

@@ -74,8 +74,10 @@ def test_every_wrong_shape_type_and_value_is_listed(source: Path) -> None:
 
 def test_pickles_are_never_opened(source: Path) -> None:
     (source / "model.safetensors").unlink()
-    (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    owned = source.parent / "owned"
+    (source / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {owned}'\ntR.".encode())
     assert "pickle files only (pytorch_model.bin)" in refusal(source)
+    assert not owned.exists()
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

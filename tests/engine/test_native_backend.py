@@ -246,3 +246,23 @@ def test_submitting_from_a_stream_consumer(counter: Any) -> None:
         assert replies == [replies[0]] * 5
 
     play(counter, scenario)
+
+
+def test_updates_of_levels_are_observed(build_model: Any) -> None:
+    """Time and norm of every update of a turn; those of the warm-up are nobody's."""
+    seen: list[tuple[str, float]] = []
+    engine = Engine(build_model("hope+sequential", torch.float64))
+    backend = NativeBackend(engine, model_id="m", fingerprint="f")
+    backend.observe = lambda name, value: seen.append((name, value))
+
+    async def main() -> None:
+        await backend.start()
+        assert not seen
+        await collect(backend, ask("a", list(range(1, 2 * engine.model.update_chunk + 2)), max_tokens=1))
+        await backend.drain(5)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert sum(name == "update_seconds" for name, _ in seen) == engine.stats()["updates"] == 2
+    norms = [value for name, value in seen if name == "update_norm"]
+    assert norms
+    assert all(value > 0 for _, value in seen)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import conv1d, silu
 
-from nested_runtime.kernels.short_conv import reference
-from nested_runtime.kernels.short_conv.reference import short_conv
+from nested_runtime.kernels.dispatch import KernelConfig, choose
+from nested_runtime.kernels.short_conv import differentiable, reference
+from nested_runtime.kernels.short_conv.differentiable import short_conv
 
 
 def draw_conv(seed: int, batch: int, length: int, width: int, features: int = 3) -> tuple[torch.Tensor, ...]:
@@ -62,15 +63,23 @@ def test_gradcheck_of_short_conv(length: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_training_loops_equal_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, window, weight = (t.to(dtype) for t in draw_conv(4, 3, 11, 5, features=4))
+@pytest.mark.parametrize("compiled", [True, False])
+def test_training_equals_the_reference(dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of the loops written by hand, and of torch's autograd through the equation."""
+    monkeypatch.setattr(differentiable, "_is_compiled", lambda _: compiled)
     results = []
-    for compiled in (True, False):
-        if not compiled:
-            monkeypatch.setattr(reference, "_compiled", lambda _: None)
-        inputs = [t.clone().requires_grad_() for t in (x, window, weight)]
-        y, last = short_conv(*inputs)
+    for conv in (short_conv, reference.short_conv):
+        inputs = [t.to(dtype).requires_grad_() for t in draw_conv(4, 3, 11, 5, features=4)]
+        y, last = conv(*inputs)
         torch.autograd.backward((y * y).sum() + (last * last).sum())
-        results.append([y.detach(), *(t.grad for t in inputs)])
-    for fast, slow in zip(*results, strict=True):
-        torch.testing.assert_close(fast, slow)
+        results.append([y.detach(), last.detach(), *(t.grad for t in inputs)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    for name, compiled in (("reference", False), ("auto", True)):
+        chosen = choose(KernelConfig(name), "cpu", x.dtype)
+        monkeypatch.setattr(differentiable, "packed_kernels", lambda *_, chosen=chosen: chosen)
+        assert differentiable._is_compiled(x) is compiled
