@@ -20,6 +20,7 @@ from nested_runtime.models.config import from_fields
 from nested_runtime.models.loading import load
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.data import Corpus, Mixture, texts
+from nested_runtime.train.start import check_start, start_from
 from nested_runtime.train.trainer import TrainConfig, Trainer, process_group
 from nested_runtime.train.vocabulary import train_tokenizer
 
@@ -35,7 +36,11 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, type=Path, help="folder of .jsonl[.zst] files with `text` or `messages`"
     )
     parser.add_argument("--out", required=True, type=Path, help="run folder; an existing run is resumed")
-    parser.add_argument("--from", dest="start", help="model folder or shipped name whose weights a new run starts from")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        help="model folder or shipped name whose weights a new run starts from; the config may add levels to it",
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, each with its own lanes")
     parser.add_argument("--tokens", type=int, help="override the config's number of tokens")
     return parser
@@ -63,12 +68,10 @@ def _prepare(args: argparse.Namespace, config: TrainConfig) -> None:
     """Make sure the run folder has a tokenizer, and that --from fits the config."""
     start = load(args.start) if args.start else None
     if start is not None:
-        fields = {"family": config.family, **config.build().to_config()}
-        wrong = sorted(k for k, v in fields.items() if start.config.get(k) != v)
-        if wrong:
-            raise ConfigError(
-                f"--from {args.start}: its {wrong[0]} is {start.config.get(wrong[0])}, the config says otherwise"
-            )
+        try:
+            check_start(start, config.family, config.build())
+        except ConfigError as error:
+            raise ConfigError(f"--from {args.start}: {error}") from None
     if (args.out / "tokenizer.json").exists():
         return
     args.out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ def _work(rank: int, args: argparse.Namespace, config: TrainConfig, port: int) -
     with process_group(rank, args.workers, port):
         trainer = Trainer(config, tokenizer, corpus, args.out, rank, args.workers)
         if not trainer.resume() and args.start:
-            trainer.model.load_state_dict(load(args.start).model.state_dict())
+            start_from(trainer.model, load(args.start))
         bar = tqdm(total=trainer.steps, initial=trainer.step, disable=rank > 0, mininterval=5, unit="step")
         with (args.out / "log.jsonl").open("a") as log:
             for record in trainer.run():

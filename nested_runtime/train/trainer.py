@@ -26,6 +26,7 @@ from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.checkpoint import load_run, save_run
 from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture
 from nested_runtime.train.muon import Muon
+from nested_runtime.train.start import train_only_levels
 
 __all__ = ["TrainConfig", "Trainer"]
 
@@ -50,6 +51,7 @@ class TrainConfig:
     clip: float = 1.0
     curriculum: float = 0.6  # share of the run after which the dialogues are at their hardest
     bf16: bool | None = None  # products in bf16; None: where the device has units for them
+    only_levels: bool = False  # train the start and the rates of levels, keep the rest as it is
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
     eval_every: int = 250
@@ -68,6 +70,13 @@ class TrainConfig:
         model = build(self.family, self.model)
         if self.length % model.chunk:
             raise ConfigError(f"config field 'length' is {self.length}: give a multiple of the chunk, {model.chunk}")
+        if model.update_chunk and self.length % model.update_chunk:
+            raise ConfigError(
+                f"config field 'length' is {self.length}: give a multiple of the first level's chunk, "
+                f"{model.update_chunk}, so that all lanes stand at one place of it"
+            )
+        if self.only_levels:
+            train_only_levels(model, self.family)
         if model.vocab_size > MAX_VOCAB:
             raise ConfigError(f"config field 'vocab_size' is {model.vocab_size}: tokens are kept as uint16 in training")
         return model
@@ -100,6 +109,8 @@ class Trainer:
         matrices: list[torch.nn.Parameter] = []
         others: list[torch.nn.Parameter] = []
         for name, p in self.model.named_parameters():
+            if not p.requires_grad:
+                continue
             is_matrix = p.ndim == 2 and min(p.shape) > 8 and name not in ("embed", "head")
             (matrices if is_matrix else others).append(p)
         self.matrices = matrices

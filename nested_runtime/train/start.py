@@ -1,0 +1,54 @@
+"""The start of a new run from a model that exists, levels being added or changed on the way."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from nested_runtime.errors import ConfigError
+from nested_runtime.models.adaptation import LevelFields
+from nested_runtime.models.base import LanguageModel
+from nested_runtime.models.loading import LoadedModel, build
+
+__all__ = ["check_start", "start_from", "train_only_levels"]
+
+OF_LEVELS = tuple(field.name for field in fields(LevelFields))
+
+
+def check_start(loaded: LoadedModel, family: str, model: LanguageModel) -> None:
+    """ConfigError names the first field, not of levels, in which the checkpoint is not the model to be trained."""
+    found = {"family": loaded.config["family"], **_plain(loaded.model)}
+    wanted = {"family": family, **_plain(model)}
+    for name in sorted(wanted):
+        if found.get(name) != wanted[name]:
+            raise ConfigError(
+                f"its {name} is {found.get(name)!r}, the config says {wanted[name]!r}; only the fields of levels "
+                f"({', '.join(OF_LEVELS)}) may differ"
+            )
+
+
+def start_from(model: LanguageModel, loaded: LoadedModel) -> list[str]:
+    """Give `model` the checkpoint's parameters; the names of those that stay fresh, all of levels.
+
+    A level starts with a zero output, so that until its first step the model computes what the checkpoint does. A level
+    the checkpoint has too, of the same shape, is taken over.
+    """
+    mine, theirs = model.state_dict(), loaded.model.state_dict()
+    taken = {name: theirs[name] for name, t in mine.items() if name in theirs and theirs[name].shape == t.shape}
+    model.load_state_dict({**mine, **taken})
+    return sorted(mine.keys() - taken.keys())
+
+
+def train_only_levels(model: LanguageModel, family: str) -> None:
+    """Freeze what the same model without levels has too: its answers without levels stay what they were."""
+    plain = build(family, _plain(model), empty=True).state_dict()
+    names = {name for name, _ in model.named_parameters()}
+    if names <= plain.keys():
+        raise ConfigError("config field 'only_levels' is true, but 'model.levels' is empty: nothing is left to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in plain)
+
+
+def _plain(model: LanguageModel) -> dict[str, Any]:
+    """The config without levels."""
+    return {name: value for name, value in model.to_config().items() if name not in OF_LEVELS}
