@@ -132,6 +132,16 @@ test-vllm: venv $(VLLM)/.installed ## vLLM against our own engine, in its own en
 		OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 $$python -m pytest tests/vllm \
 		-o filterwarnings=default -o addopts="--import-mode=importlib -ra" --durations=5 $(ARGS)
 
+# The clients alone: this project with no extra, in an environment of its own, against a server from the usual one.
+SDK := build/sdk
+$(SDK)/.installed: pyproject.toml $(shell find clients -name '*.py') | $(BIN)/python
+	@rm -rf $(SDK) && $(BIN)/python -m venv $(SDK) && \
+		$(SDK)/bin/python -m pip install --disable-pip-version-check --quiet . && touch $@
+
+.PHONY: test-sdk
+test-sdk: venv $(SDK)/.installed ## SDK and command installed alone: no torch, and they work
+	@NESTED_SDK_PYTHON=$(abspath $(SDK))/bin/python OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/clients/test_alone.py $(ARGS)
+
 .PHONY: bench
 bench: venv redis ## measure kernels and state I/O (a running server: benchmarks/serving.py)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels

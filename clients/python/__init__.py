@@ -7,6 +7,8 @@ with Client() as client:
     alice.chat("My dog is called Rex.")
     for piece in alice.stream("What is my dog called?"):
         print(piece, end="", flush=True)
+
+`openai(session="alice")` and `async_openai(...)` give clients of the openai package that are bound to a session.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from .errors import (
     RateLimited,
     ServerError,
 )
+from .openai_clients import async_openai, openai
 from .types import ChatOptions, Learn, Level, Message, Model, Reply, SessionInfo, SessionRef, Snapshot, Usage, Version
 
 __all__ = [
@@ -61,4 +64,6 @@ __all__ = [
     "Snapshot",
     "Usage",
     "Version",
+    "async_openai",
+    "openai",
 ]

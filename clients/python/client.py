@@ -17,7 +17,7 @@ from .errors import ConfigError, ProtocolError
 from .flows import Call, EventDecoder, Flow, More, json_events, request
 from .types import ChatOptions, Level, Message, Model, Reply, SessionInfo, SessionRef, Snapshot, Version, as_messages
 
-__all__ = ["DEFAULT_BASE_URL", "AsyncClient", "AsyncSession", "Client", "Session"]
+__all__ = ["DEFAULT_BASE_URL", "AsyncClient", "AsyncSession", "Client", "Session", "address", "session_id"]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -179,7 +179,7 @@ class Session(_SessionAPI, Blocking):
     """A session of a `Client`."""
 
     def __init__(self, client: Client, id: str) -> None:
-        self.id = _session_id(id)
+        self.id = session_id(id)
         self._http, self.model, self.retries = client._http, client.model, client.retries
 
 
@@ -187,7 +187,7 @@ class AsyncSession(_SessionAPI, Awaiting):
     """A session of an `AsyncClient`."""
 
     def __init__(self, client: AsyncClient, id: str) -> None:
-        self.id = _session_id(id)
+        self.id = session_id(id)
         self._http, self.model, self.retries = client._http, client.model, client.retries
 
 
@@ -240,9 +240,11 @@ class Client(_ClientAPI, Blocking):
         timeout: httpx.Timeout | float = _TIMEOUT,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.base_url, headers = _address(base_url, api_key)
+        self.base_url, key = address(base_url, api_key)
         self.model, self.retries = model, retries
-        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
+        self._http = httpx.Client(
+            base_url=self.base_url, headers=_authorization(key), timeout=timeout, transport=transport
+        )
 
     def session(self, id: str) -> Session:
         """The session `id`; it begins to exist with its first turn."""
@@ -272,9 +274,11 @@ class AsyncClient(_ClientAPI, Awaiting):
         timeout: httpx.Timeout | float = _TIMEOUT,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.base_url, headers = _address(base_url, api_key)
+        self.base_url, key = address(base_url, api_key)
         self.model, self.retries = model, retries
-        self._http = httpx.AsyncClient(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url, headers=_authorization(key), timeout=timeout, transport=transport
+        )
 
     def session(self, id: str) -> AsyncSession:
         """The session `id`; it begins to exist with its first turn."""
@@ -291,18 +295,23 @@ class AsyncClient(_ClientAPI, Awaiting):
         await self.close()
 
 
-def _address(base_url: str | None, api_key: str | None) -> tuple[str, dict[str, str]]:
-    """Arguments, else environment, else defaults. The `/v1` that OpenAI clients want is accepted."""
+def address(base_url: str | None, api_key: str | None) -> tuple[str, str | None]:
+    """URL and key: arguments, else environment, else defaults. The `/v1` that OpenAI clients want is accepted."""
     url = (base_url or os.environ.get("NESTED_BASE_URL") or DEFAULT_BASE_URL).rstrip("/").removesuffix("/v1")
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"base URL {url!r} has no http:// or https://; give one such as {DEFAULT_BASE_URL}")
     key = api_key or os.environ.get("NESTED_API_KEY")
     if key and not (key.isascii() and key.isprintable()):
         raise ConfigError("the API key has characters that no HTTP header can carry; check NESTED_API_KEY or api_key")
-    return url, {"Authorization": f"Bearer {key}"} if key else {}
+    return url, key or None
 
 
-def _session_id(id: str) -> str:
+def _authorization(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def session_id(id: str) -> str:
+    """`id`, when it can be one."""
     if not id or len(id) > 256 or not id.isprintable() or id in {".", ".."}:  # dots would be resolved as a path
         raise ConfigError(f"session id {id[:40]!r} is refused: use 1 to 256 printable characters, not only . or ..")
     return id
