@@ -21,7 +21,7 @@ from nested_runtime.errors import ConfigError
 __all__ = ["KernelConfig", "Kernels", "choose", "packed_kernels"]
 
 DEVICES = {"numba": "cpu", "triton": "cuda"}
-DTYPES = (torch.float32, torch.float64)
+DTYPES = {"numba": (torch.float32, torch.float64), "triton": (torch.float32,)}
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def packed_kernels(device: str, dtype: torch.dtype) -> Kernels | None:
 def _require_support(name: str, device: str, dtype: torch.dtype) -> None:
     if DEVICES.get(name) != device:
         raise ConfigError(f"the tensors are on {device!r}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"memories of {dtype} are not supported, only float32 and float64")
+    if dtype not in DTYPES[name]:
+        raise ConfigError(f"memories of {dtype} are not supported, only {' and '.join(map(str, DTYPES[name]))}")
 
 
 def _load(name: str) -> Kernels:
