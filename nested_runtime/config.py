@@ -22,6 +22,7 @@ class EngineConfig:
     queue               sequences that may wait for a slot before requests get 429
     max_context         tokens one turn may read and write
     prefix_cache_bytes  host memory for states after prompt prefixes of memoryless requests; 0 = off
+    update_share        time for updates of levels between two steps that decode, in units of a step's time
     kv_bytes            keys and values of all running sequences of a model with attention
     threads             torch threads; 0 = leave torch's choice
     """
@@ -32,10 +33,11 @@ class EngineConfig:
     max_context: int = 32_768
     prefix_cache_bytes: int = 64 << 20
     kv_bytes: int = 1 << 30
+    update_share: float = 1.0
     threads: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, zero_allowed=("prefix_cache_bytes", "threads", "queue"))
+        _check(self, zero_allowed=("prefix_cache_bytes", "threads", "queue", "update_share"))
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Sequence:
     slot: int = 0  # engine: 0 = not admitted
     num_done: int = 0  # engine: tokens of prompt + output in the state
     output: list[int] = field(default_factory=list)  # engine: sampled tokens; the last one is never in the state
-    prompt_state: Mapping[str, torch.Tensor] | None = None  # engine: see keep_state_at_prompt
+    prompt_result: TurnResult | None = None  # engine: see keep_state_at_prompt
 
     @property
     def tokens(self) -> list[int]:

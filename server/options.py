@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--slots", type=int, help="sequences worked on at the same time (default 16)")
     add("--max-batch-tokens", type=int, help="tokens of an engine step (default 512)")
     add("--max-context", type=int, help="tokens one turn may read and write (default 32768)")
+    add("--update-share", type=float, metavar="X", help="time for updates of levels, in decode steps (default 1)")
     add("--threads", type=int, help="torch threads (default: torch's choice)")
     add("--at-rest", choices=("exact", "bf16"), help="how states are stored (default exact)")
     add("--session-ttl", type=float, metavar="SECONDS", help="idle sessions are deleted after this (default never)")

@@ -41,6 +41,8 @@ class SessionRef(_Answer):
     version: int
     learned_tokens: int | None = None
     digest: str | None = None
+    updates: int = 0
+    updates_refused: int = 0
 
 
 class Usage(_Answer):
@@ -94,12 +96,16 @@ class Snapshot(_Answer):
 
 
 class Level(_Answer):
-    """One memory level of a session: its size and how much it holds."""
+    """One memory level of a session: its size and how much it holds; `chunk` is None where it changes all the time."""
 
     level: str
     tensors: int = 0
     bytes: int = 0
     norm: float = 0.0
+    chunk: int | None = None
+    updates: int | None = None
+    updates_refused: int | None = None
+    tokens_since_update: int | None = None
 
 
 class Model(_Answer):

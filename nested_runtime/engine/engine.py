@@ -251,7 +251,7 @@ class Engine:
         self._pass_cuts(job)
         if sequence.keep_state_at_prompt and sequence.slot and not job.is_prefilling:
             if self.pool.is_finite(sequence.slot):
-                sequence.prompt_state = self.pool.save(sequence.slot)
+                sequence.prompt_result = self._result(job, None)
             else:
                 self._fail(job, job.diverged())
 
@@ -311,16 +311,19 @@ class Engine:
         """End a job whose reply is whole, with the state it asked to keep."""
         sequence = job.sequence
         result: TurnResult | None = None
-        if sequence.keep_state_at_prompt and sequence.prompt_state is not None:
-            place = sequence.position + len(sequence.prompt)
-            result = TurnResult(sequence.prompt_state, place, None, job.updates, job.refused)
+        if sequence.keep_state_at_prompt and sequence.prompt_result is not None:
+            result = sequence.prompt_result
         elif sequence.keep_state:
             if not self.pool.is_finite(sequence.slot):
                 self._fail(job, job.diverged())
                 return
             pending = sequence.output[-1] if sequence.output else None
-            result = TurnResult(self.pool.save(sequence.slot), job.place, pending, job.updates, job.refused)
+            result = self._result(job, pending)
         self._end(job, reason, token=token, logprobs=logprobs, result=result)
+
+    def _result(self, job: Job, pending: int | None) -> TurnResult:
+        """The state of a job as it is now."""
+        return TurnResult(self.pool.save(job.sequence.slot), job.place, pending, job.updates, job.refused)
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._end(job, FinishReason.ERROR, error=error)

@@ -26,7 +26,7 @@ from nested_runtime.memory.level import Change, Level, check_levels
 from nested_runtime.models.config import from_fields
 from nested_runtime.state.spec import TensorSpec, prefixed
 
-__all__ = ["Adaptation", "LevelFields", "Part", "Stepped", "config_of", "read_levels", "select"]
+__all__ = ["Adaptation", "LevelFields", "Part", "Stepped", "config_of", "read_clock", "read_levels", "select"]
 
 Tensors = Mapping[str, torch.Tensor]
 Span = tuple[int, int, int]
@@ -309,6 +309,12 @@ def cms(part: Part) -> str:
 def clock(number: int) -> str:
     """State tensor that counts a level's tokens and steps."""
     return f"{level_name(number)}.clock"
+
+
+def read_clock(state: Tensors, number: int) -> tuple[int, int, int]:
+    """Of one session's state: tokens since level `number` stepped or tried to, steps taken, steps refused."""
+    since, taken, refused = state[clock(number)].tolist()
+    return since + int(state["chunk.count"][0]), taken, refused
 
 
 def local_of(part: Part, state: Tensors) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nested_runtime.core import Batch
+from nested_runtime.memory.level import Level
 from nested_runtime.models.adaptation import Stepped
 from nested_runtime.state.spec import TensorSpec
 
@@ -25,6 +26,7 @@ class LanguageModel(nn.Module, ABC):
     TINY: ClassVar[dict[str, Any]]  # a config small enough for the contract tests
     vocab_size: int
     chunk: int  # C: inner chunk length in session tokens (1 where there is none)
+    levels: tuple[Level, ...] = ()  # adaptive levels, fastest first
     update_chunk: int = 0  # C_1: session tokens between two updates of the levels; 0 = no level adapts
     period: int = 0  # `update` of sessions whose positions are equal modulo this may be batched; 0 = only equal ones
 

@@ -72,7 +72,7 @@ class BlockModel(LanguageModel):
         )
         self.norm = nn.Parameter(torch.ones(dim))
         self.adaptation = self._adaptation(levels, dim) if levels else None
-        self.update_chunk = levels[0].chunk if levels else 0
+        self.levels, self.update_chunk = levels, levels[0].chunk if levels else 0
 
     def _adaptation(self, levels: tuple[Level, ...], dim: int) -> Adaptation:
         blocks = list(self._stack())[self.first_adaptive :]

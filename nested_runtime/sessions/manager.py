@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
+from dataclasses import replace
 
 from nested_runtime.errors import Conflict, NotFound, RequestError, StateError
 from nested_runtime.sessions.history import Record
+from nested_runtime.sessions.levels import LevelReport, measure
 from nested_runtime.sessions.vault import ServedModel, Start, Vault, record_of, zeros
 from nested_runtime.state import codec
-from nested_runtime.state.spec import TensorSpec
 from nested_runtime.store.base import SessionKey, Version
 
-__all__ = ["Level", "SessionManager"]
+__all__ = ["SessionManager"]
 
 NOWHERE = -1
 """Record.start of a conversation whose beginning lies in another session."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One memory level of a session."""
-
-    name: str
-    tensors: int
-    bytes: int
-    norm: float
 
 
 class SessionManager:
@@ -156,22 +143,13 @@ class SessionManager:
         self.vault.forget(key)
         return existed
 
-    async def levels(self, key: SessionKey) -> tuple[Version, list[Level]]:
-        """Size and norm of every memory level of the head."""
+    async def levels(self, key: SessionKey) -> tuple[Version, list[LevelReport]]:
+        """Size, norm and clock of every memory level of the head."""
         head = await self.vault.head(key)
         model = self._find(head.model)
         start = await self.vault.load(key, head, model)
-        return head, await asyncio.to_thread(_levels, model.specs, dict(start.tensors or {}))
+        return head, await asyncio.to_thread(measure, model.specs, model.levels, start.tensors or zeros(model.specs))
 
 
 def _uprooted(record: Record | None) -> Record | None:
     return None if record is None else replace(record, start=NOWHERE)
-
-
-def _levels(specs: tuple[TensorSpec, ...], tensors: dict[str, Any]) -> list[Level]:
-    result = []
-    for name in dict.fromkeys(spec.level for spec in specs):
-        of_level = [spec for spec in specs if spec.level == name]
-        squares = sum(float(torch.sum(tensors[spec.name].double() ** 2)) for spec in of_level)
-        result.append(Level(name, len(of_level), sum(tensors[spec.name].nbytes for spec in of_level), squares**0.5))
-    return result

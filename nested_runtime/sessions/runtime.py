@@ -139,6 +139,8 @@ class Runtime:
             digest=encoded.digest,
             durability=self.vault.store.durability,
             history=plan.match.how,
+            updates=outcome.result.updates if outcome.result else 0,
+            refused=outcome.result.refused if outcome.result else 0,
         )
         finished = replace(outcome.finished, session=report)
         await self.vault.commit(

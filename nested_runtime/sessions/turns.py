@@ -64,7 +64,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the session."""
+    """What became of the session.
+
+    updates   chunks of this turn after which its levels learned
+    refused   chunks after which they would have diverged: the levels stayed as they were, the session serves on
+    """
 
     id: str
     version: int
@@ -72,6 +76,8 @@ class Report:
     digest: str
     durability: str
     history: str  # "new", "extended", "branched" or "raw": how the messages related to the memory
+    updates: int = 0
+    refused: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from nested_runtime.backends.base import Backend
 from nested_runtime.config import SessionConfig
 from nested_runtime.errors import NotFound, SessionBusy, StateMismatch, VersionConflict
+from nested_runtime.memory.level import Level
 from nested_runtime.sessions.history import Record
 from nested_runtime.state import codec
 from nested_runtime.state.cache import StateCache
@@ -31,12 +32,13 @@ Observer = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of this server."""
+    """A model of this server. `levels`: its adaptive ones, fastest first."""
 
     id: str
     backend: Backend
     tokenizer: Tokenizer
     specs: tuple[TensorSpec, ...]
+    levels: tuple[Level, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ..schemas.sessions import (
     RestoreRequest,
     SnapshotRequest,
     info_body,
+    level_body,
     snapshot_body,
     version_body,
 )
@@ -174,9 +175,9 @@ async def history(key: Named, service: ServiceDep) -> dict[str, Any]:
 
 @router.get("/{id}/levels")
 async def levels(key: Named, service: ServiceDep) -> dict[str, Any]:
-    """Size and norm of every memory level."""
+    """Size and norm of every memory level, and when those that learn while serving did so last."""
     head, found = await service.manager.levels(key)
-    data = [{"level": one.name, "tensors": one.tensors, "bytes": one.bytes, "norm": one.norm} for one in found]
+    data = [level_body(one) for one in found]
     return {"object": "list", "version": head.number, "tokens": head.tokens, "data": data}
 
 

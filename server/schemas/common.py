@@ -168,5 +168,7 @@ def session_body(report: Report | None) -> dict[str, Any]:
             "digest": report.digest,
             "durability": report.durability,
             "history": report.history,
+            "updates": report.updates,
+            "updates_refused": report.refused,
         }
     }

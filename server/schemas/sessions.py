@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from nested_runtime.sessions.levels import LevelReport
 from nested_runtime.store.base import SessionInfo, Snapshot, Version
 
 from .chat import Message
@@ -20,6 +21,7 @@ __all__ = [
     "RestoreRequest",
     "SnapshotRequest",
     "info_body",
+    "level_body",
     "snapshot_body",
     "version_body",
 ]
@@ -109,6 +111,24 @@ def info_body(info: SessionInfo) -> dict[str, Any]:
         "created": info.created,
         "updated": info.updated,
         "used": info.used,
+    }
+
+
+def level_body(report: LevelReport) -> dict[str, Any]:
+    """A memory level as JSON. Levels that change with every token have no clock, so the last fields are null."""
+    clock = report.clock
+    return {
+        "level": report.name,
+        "tensors": report.tensors,
+        "bytes": report.bytes,
+        "norm": report.norm,
+        "chunk": clock and clock.level.chunk,
+        "optimizer": clock and clock.level.optimizer,
+        "rank": clock and clock.level.rank,
+        "max_norm": clock and clock.level.max_norm,
+        "updates": clock and clock.updates,
+        "updates_refused": clock and clock.refused,
+        "tokens_since_update": clock and clock.tokens_since_update,
     }
 
 

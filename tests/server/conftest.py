@@ -38,14 +38,14 @@ from server.settings import Settings
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_model(folder: Path, seed: int = 1, name: str = "tiny") -> Path:
+def write_model(folder: Path, seed: int = 1, name: str = "tiny", **fields: Any) -> Path:
     """A random model over bytes that prefers letters and whose greedy text differs from prompt to prompt."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Backend(models.BPE(vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     torch.manual_seed(seed)
-    model = build("hope", {**Hope.TINY, "vocab_size": len(vocab)})
+    model = build("hope", {**Hope.TINY, "vocab_size": len(vocab), **fields})
     with torch.no_grad():
         for parameter in model.blocks.parameters():
             if parameter.dim() > 1:
@@ -120,6 +120,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "other", seed=2, name="other")
+
+
+@pytest.fixture(scope="session")
+def leveled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with two levels that learn while it is served."""
+    levels = [{"chunk": 8, "hidden": 8, "rate": 0.05}, {"chunk": 16, "hidden": 8, "rank": 2, "optimizer": "momentum"}]
+    return write_model(tmp_path_factory.mktemp("model") / "leveled", levels=levels)
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,8 @@ def test_a_session_remembers_and_counts(client: httpx.Client, chat: Chat) -> Non
         "digest": client.get("/v1/sessions/counts").json()["digest"],
         "durability": "memory",
         "history": "new",
+        "updates": 0,
+        "updates_refused": 0,
     }
 
 
