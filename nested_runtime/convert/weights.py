@@ -44,15 +44,15 @@ def _block(config: Mapping[str, Any], theirs: str, ours: str, offset: float) -> 
     yield Piece(f"{ours}.memory.w_in", tuple((f"{attention}.{n}_proj.weight", (r, dim)) for n, r in rows))
     yield Piece(f"{ours}.memory.w_out", ((f"{attention}.o_proj.weight", (dim, q)),))
     gates = ("gate", "up")
-    yield Piece(f"{ours}.mlp.w_in", tuple((f"{mlp}.{n}_proj.weight", (hidden, dim)) for n in gates))
-    yield Piece(f"{ours}.mlp.w_out", ((f"{mlp}.down_proj.weight", (dim, hidden)),))
+    yield Piece(f"{ours}.cms.static.w_in", tuple((f"{mlp}.{n}_proj.weight", (hidden, dim)) for n in gates))
+    yield Piece(f"{ours}.cms.static.w_out", ((f"{mlp}.down_proj.weight", (dim, hidden)),))
     if config.get("qkv_bias"):
         yield Piece(f"{ours}.memory.b_in", tuple((f"{attention}.{n}_proj.bias", (r,)) for n, r in rows))
     if config.get("out_bias"):
         yield Piece(f"{ours}.memory.b_out", ((f"{attention}.o_proj.bias", (dim,)),))
     if config.get("mlp_bias"):
-        yield Piece(f"{ours}.mlp.b_in", tuple((f"{mlp}.{n}_proj.bias", (hidden,)) for n in gates))
-        yield Piece(f"{ours}.mlp.b_out", ((f"{mlp}.down_proj.bias", (dim,)),))
+        yield Piece(f"{ours}.cms.static.b_in", tuple((f"{mlp}.{n}_proj.bias", (hidden,)) for n in gates))
+        yield Piece(f"{ours}.cms.static.b_out", ((f"{mlp}.down_proj.bias", (dim,)),))
     if config.get("qk_norm"):
         for name in ("q", "k"):
             yield Piece(f"{ours}.memory.norm_{name}", ((f"{attention}.{name}_norm.weight", (size,)),), offset)

@@ -54,7 +54,9 @@ class Updates:
         slots = torch.tensor([job.sequence.slot for job in jobs])
         tokens = torch.tensor([job.next_tokens(1)[0] for job in jobs])
         device = next(iter(self.pool.tensors.values())).device
-        stepped = self.model.update(slots.to(device), tokens.to(device), jobs[0].place, self.pool.tensors)
+        places = torch.tensor([job.place for job in jobs], device=device)
+        kv = self.pool.extend(slots.tolist(), [0] * len(jobs))
+        stepped = self.model.update(slots.to(device), tokens.to(device), places, self.pool.tensors, kv)
         took, norms = stepped.good.tolist(), stepped.norms.tolist()
         for job, good in zip(jobs, took, strict=True):
             job.filled = 0

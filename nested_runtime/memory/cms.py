@@ -6,24 +6,29 @@ gradient of their summed next-token loss; frequency 0 is the static MLP F, there
     sequential  y_l = y_{l-1} + MLP_l(y_{l-1}),  y_0 = z;   out = (y_k - z) + F(y_k)                        NL Eq. 73
     nested      the same chain from one common start; when a level steps, every faster one restarts from it   NL Eq. 72
     headwise    out = F(z) + sum_l w_l MLP_l(z), w learned                                                    NL Eq. 74
+    stacked     out = F_{W + sum_l delta_l}(z): levels start as the static MLP, that of a pretrained model,   NL 7.3
+                and what they have moved since is added to it; F(z) itself never changes
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.functional import linear, relu
 
 from nested_runtime.errors import ConfigError
-from nested_runtime.memory.level import AdaptiveMLP, Change, Level, keep
+from nested_runtime.memory.gated_mlp import GatedMLP
+from nested_runtime.memory.level import AdaptiveMLP, Change, Deltas, Level, keep
 from nested_runtime.state.spec import TensorSpec
 
 __all__ = ["VARIANTS", "ContinuumMemory", "LevelStep", "level_name"]
 
-VARIANTS = ("sequential", "nested", "headwise")
+VARIANTS = ("sequential", "nested", "headwise", "stacked")
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -42,29 +47,57 @@ class LevelStep:
 
 
 class ContinuumMemory(nn.Module):
-    """The chain of one block: a static MLP `hidden` wide (`up`, `down`) and adaptive `levels`, see `VARIANTS`."""
+    """The chain of one block: a static MLP and adaptive `levels`, see `VARIANTS`.
 
-    def __init__(self, dim: int, hidden: int, levels: Sequence[Level] = (), variant: str = "sequential") -> None:
+    static  F, an MLP of another kind; None = W_down relu(W_up z)^2, `hidden` wide, whose `up` and `down` are here
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, levels: Sequence[Level] = (), variant: str = "sequential",
+        static: GatedMLP | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if variant not in VARIANTS:
-            raise ConfigError(f"cms must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        if variant == "nested" and len({(level.hidden, level.rank) for level in levels}) > 1:
-            raise ConfigError("cms is 'nested', so all levels must have the same hidden and rank")
-        self.config, self.variant = tuple(levels), variant
-        self.up = nn.ParameterList([torch.randn(hidden, dim) * dim**-0.5])
-        self.down = nn.ParameterList([torch.zeros(dim, hidden)])
+        self.config, self.variant, self.static = tuple(levels), variant, static
+        self._check()
+        if static is None:
+            self.up = nn.ParameterList([torch.randn(hidden, dim) * dim**-0.5])
+            self.down = nn.ParameterList([torch.zeros(dim, hidden)])
         if levels:
             starts = levels[:1] if variant == "nested" else levels
-            self.levels = nn.ModuleList(AdaptiveMLP(dim, level.hidden, level.rank) for level in starts)
+            width = hidden if static is None else 2 * hidden  # of what `up` puts out
+            self.levels = nn.ModuleList(
+                Deltas((width, dim), (dim, hidden), level.rank)
+                if level.hidden is None
+                else AdaptiveMLP(dim, level.hidden, level.rank)
+                for level in starts
+            )
             if any(level.learn_rate for level in levels):
                 self.log_rates = nn.Parameter(torch.zeros(len(levels)))
             if variant == "headwise":
                 self.heads = nn.Parameter(torch.ones(len(levels)))
 
-    def level(self, number: int) -> AdaptiveMLP:
+    def _check(self) -> None:
+        levels, variant = self.config, self.variant
+        if variant not in VARIANTS:
+            raise ConfigError(f"cms must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        if variant == "nested" and len({(level.hidden, level.rank) for level in levels}) > 1:
+            raise ConfigError("cms is 'nested', so all levels must have the same hidden and rank")
+        for number, level in enumerate(levels):
+            if (level.hidden is None) != (variant == "stacked"):
+                raise ConfigError(
+                    f"levels.{number}.hidden is {level.hidden}, and cms {variant!r}: "
+                    + ("leave it out, the level has the static MLP's" if level.hidden else "give the MLP's width")
+                )
+
+    def level(self, number: int) -> Deltas:
         """The start of level `number`."""
-        start: AdaptiveMLP = self.levels[0 if self.variant == "nested" else number]  # type: ignore[assignment]
+        start: Deltas = self.levels[0 if self.variant == "nested" else number]  # type: ignore[assignment]
         return start
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return self.up[0].dtype if self.static is None else self.static.dtype
 
     def rate(self, number: int) -> torch.Tensor | float:
         """The step size of level `number`."""
@@ -75,7 +108,10 @@ class ContinuumMemory(nn.Module):
         """z [.., D] -> [.., D]; `changes` adds the sessions' deltas, one per level."""
         if not self.config:
             return self._static(z)
-        pairs = [(self.level(i), changes[i] if changes else keep) for i in range(len(self.config))]
+        wanted = changes or [keep] * len(self.config)
+        if self.variant == "stacked":
+            return self._static(z, lambda which, x, y: reduce(lambda y, change: change(which, x, y), wanted, y))
+        pairs = [(self._mlp(number), change) for number, change in enumerate(wanted)]
         if self.variant == "headwise":
             read = torch.stack([mlp(z, change) for mlp, change in pairs], dim=-1)
             return self._static(z) + linear(read, self.heads[None])[..., 0]
@@ -84,8 +120,15 @@ class ContinuumMemory(nn.Module):
             y = y + mlp(y, change)
         return (y - z) + self._static(y)
 
-    def _static(self, z: torch.Tensor) -> torch.Tensor:
-        return linear(relu(linear(z, self.up[0])).square(), self.down[0])
+    def _mlp(self, number: int) -> AdaptiveMLP:
+        return cast(AdaptiveMLP, self.level(number))
+
+    def _static(self, z: torch.Tensor, change: Change = keep) -> torch.Tensor:
+        if self.static is not None:
+            out: torch.Tensor = self.static(z, change)
+            return out
+        hidden = relu(change("up", z, linear(z, self.up[0]))).square()
+        return change("down", hidden, linear(hidden, self.down[0]))
 
     # ---- what a session owns ----------------------------------------------------------------------------------------
 

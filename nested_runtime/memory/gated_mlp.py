@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import gelu, linear, silu
 
 from nested_runtime.errors import ConfigError
+from nested_runtime.memory.level import Change, keep
 
 __all__ = ["ACTIVATIONS", "GatedMLP"]
 
@@ -33,7 +34,13 @@ class GatedMLP(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(2 * hidden)) if bias else None
         self.b_out = nn.Parameter(torch.zeros(dim)) if bias else None
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """z [.., D] -> [.., D]."""
-        gate, up = linear(z, self.w_in, self.b_in).chunk(2, dim=-1)
-        return linear(self.activation(gate) * up, self.w_out, self.b_out)
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return self.w_in.dtype
+
+    def forward(self, z: torch.Tensor, change: Change = keep) -> torch.Tensor:
+        """z [.., D] -> [.., D]; `change` adds sessions' deltas to `w_in` ("up": gate and up) and `w_out` ("down")."""
+        gate, up = change("up", z, linear(z, self.w_in, self.b_in)).chunk(2, dim=-1)
+        hidden = self.activation(gate) * up
+        return change("down", hidden, linear(hidden, self.w_out, self.b_out))

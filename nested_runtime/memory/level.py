@@ -1,9 +1,10 @@
-"""One adaptive level: an MLP whose weights are a learned start plus a delta that belongs to the session.
-
-    y = W_down sigma(W_up z),  sigma = relu squared,  W = W_0 + delta
+"""One adaptive level: weights that are a learned start plus a delta that belongs to the session.
 
 The delta is dense, or of rank r: delta_W = U (V_0 + V), where V_0 is learned, U and V start at zero. All zeros is the
-fresh session in both forms, and a start with W_down,0 = 0 adds nothing until a step is taken.
+fresh session in both forms. What it is added to is an MLP of the level's own, whose start W_down,0 = 0 adds nothing
+until a step is taken (`AdaptiveMLP`), or the static MLP (`Deltas` alone, ad-hoc level stacking, NL 7.3):
+
+    y = W_down sigma(W_up z),  sigma = relu squared,  W = W_0 + delta
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.functional import linear, relu
 from nested_runtime.errors import ConfigError
 from nested_runtime.optim.base import InnerRule, build_rule
 
-__all__ = ["AdaptiveMLP", "Change", "Level", "check_levels", "keep"]
+__all__ = ["AdaptiveMLP", "Change", "Deltas", "Level", "check_levels", "keep"]
 
 Change = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """(matrix "up" or "down", its input x, x W_0^T) -> x W^T with the sessions' deltas."""
@@ -31,7 +32,7 @@ class Level:
     """One level of a chain (NL Eq. 71).
 
     chunk      C_l: session tokens between two steps
-    hidden     width of the MLP
+    hidden     width of the level's own MLP; None where the level changes the static one (variant "stacked")
     rank       r of the session's delta; None = dense
     optimizer  name in the registry of optimizers, `options` its options
     rate       step size; with `learn_rate` its start, learned by the outer loss
@@ -40,7 +41,7 @@ class Level:
     """
 
     chunk: int
-    hidden: int
+    hidden: int | None = None
     rank: int | None = None
     optimizer: str = "gd"
     options: dict[str, Any] = field(default_factory=dict)
@@ -87,36 +88,32 @@ def keep(_which: str, _x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
-class AdaptiveMLP(nn.Module):
-    """The learned start: `up` [H, D], `down` [D, H]; with rank r also `up_in` [r, D], `down_in` [r, H]."""
+class Deltas(nn.Module):
+    """What a session adds to the matrices `up` and `down` of shapes [out, in].
 
-    def __init__(self, dim: int, hidden: int, rank: int | None) -> None:
+    Parameters: with rank r, V_0 of each matrix: `up_in` [r, in], `down_in` [r, in]; none where the delta is dense.
+    """
+
+    def __init__(self, up: tuple[int, int], down: tuple[int, int], rank: int | None) -> None:
         super().__init__()
-        self.rank = rank
-        self.up = nn.Parameter(torch.randn(hidden, dim) * dim**-0.5)
-        self.down = nn.Parameter(torch.zeros(dim, hidden))
+        self.rank, self._shapes = rank, {"up": up, "down": down}
         if rank is not None:
-            self.up_in = nn.Parameter(torch.randn(rank, dim) * dim**-0.5)
-            self.down_in = nn.Parameter(torch.randn(rank, hidden) * hidden**-0.5)
+            self.up_in = nn.Parameter(torch.randn(rank, up[1]) * up[1] ** -0.5)
+            self.down_in = nn.Parameter(torch.randn(rank, down[1]) * down[1] ** -0.5)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a session's delta by name."""
         if self.rank is None:
-            return {"up": tuple(self.up.shape), "down": tuple(self.down.shape)}
-        (hidden, dim), r = self.up.shape, self.rank
-        return {"up_in": (r, dim), "up_out": (hidden, r), "down_in": (r, hidden), "down_out": (dim, r)}
+            return dict(self._shapes)
+        factors: dict[str, tuple[int, ...]] = {}
+        for which, (rows, columns) in self._shapes.items():
+            factors |= {f"{which}_in": (self.rank, columns), f"{which}_out": (rows, self.rank)}
+        return factors
 
     def start(self, name: str) -> torch.Tensor | float:
-        """What the delta `name` is added to; 0 for U."""
-        if name.endswith("_out"):
-            return 0.0
-        learned: torch.Tensor = getattr(self, name)
-        return learned.detach()
-
-    def forward(self, z: torch.Tensor, change: Change = keep) -> torch.Tensor:
-        """z [.., D] -> [.., D]."""
-        hidden = relu(change("up", z, linear(z, self.up))).square()
-        return change("down", hidden, linear(hidden, self.down))
+        """What the delta `name` is added to, as far as the optimizer knows: V_0, and 0 for all else."""
+        learned: torch.Tensor | float = getattr(self, name, 0.0)
+        return learned.detach() if isinstance(learned, torch.Tensor) else learned
 
     def delta_of(self, which: str, x: torch.Tensor, delta: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """x delta_W^T for x [.., n, in] and deltas [.., out, in] (or their factors), in x's dtype."""
@@ -126,3 +123,17 @@ class AdaptiveMLP(nn.Module):
         inner, outer = delta[f"{which}_in"], delta[f"{which}_out"]
         v: torch.Tensor = getattr(self, f"{which}_in").to(inner.dtype) + inner
         return (x.to(v.dtype) @ v.transpose(-1, -2) @ outer.transpose(-1, -2)).to(x.dtype)
+
+
+class AdaptiveMLP(Deltas):
+    """A level's own MLP. Parameters beside those of `Deltas`: the start `up` [H, D], `down` [D, H]."""
+
+    def __init__(self, dim: int, hidden: int, rank: int | None) -> None:
+        super().__init__((hidden, dim), (dim, hidden), rank)
+        self.up = nn.Parameter(torch.randn(hidden, dim) * dim**-0.5)
+        self.down = nn.Parameter(torch.zeros(dim, hidden))
+
+    def forward(self, z: torch.Tensor, change: Change = keep) -> torch.Tensor:
+        """z [.., D] -> [.., D]."""
+        hidden = relu(change("up", z, linear(z, self.up))).square()
+        return change("down", hidden, linear(hidden, self.down))

@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 
 from nested_runtime.core import Batch
 from nested_runtime.errors import ConfigError, StateError
-from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.cms import ContinuumMemory, LevelStep, level_name
 from nested_runtime.memory.level import Change, Level, check_levels
 from nested_runtime.models.config import from_fields
@@ -76,16 +75,17 @@ def read_levels(fields: LevelFields, chunk: int, blocks: int) -> tuple[Level, ..
 
 @dataclass(frozen=True)
 class Part:
-    """One adaptive block: the name of its memory, its rule, its levels, and how it computes.
+    """One adaptive block: the name of its memory, its levels, and how it computes.
 
-    mix    (stream that enters the levels, changes) -> stream after the block
-    inner  stream before the block -> what the rule reads
+    anchor  tensors of the memory, by its own names, that are copied when a chunk begins
+    read    (stream before the block, the memory as it was, place) -> stream that enters the levels, and what it became
+    mix     (stream that enters the levels, changes) -> stream after the block
     """
 
     name: str
-    rule: UpdateRule
     cms: ContinuumMemory
-    inner: Callable[[torch.Tensor], torch.Tensor]
+    anchor: tuple[TensorSpec, ...]
+    read: Callable[[torch.Tensor, Tensors, Any], tuple[torch.Tensor, Tensors]]
     mix: Callable[[torch.Tensor, Sequence[Change] | None], torch.Tensor]
 
 
@@ -113,7 +113,7 @@ class Adaptation:
             TensorSpec("chunk.stream", (self.chunk, self.dim)),
         ]
         for part in self.parts[1:]:
-            chunk += prefixed(f"chunk.{part.name}", part.rule.state())
+            chunk += prefixed(f"chunk.{part.name}", part.anchor)
         clocks = [TensorSpec(clock(n), (3,), torch.int64, level_name(n)) for n in range(len(self.levels))]
         weights = [spec for part in self.parts for spec in prefixed(cms(part), part.cms.state())]
         return (*chunk, *clocks, *weights)
@@ -133,7 +133,7 @@ class Adaptation:
             raise StateError(f"a step reads past the end of a chunk of {self.chunk} tokens; update the levels first")
         begin = slots[count == 0]
         for part in self.parts[1:]:
-            for spec in part.rule.state():
+            for spec in part.anchor:
                 name = f"{part.name}.{spec.name}"
                 pool[f"chunk.{name}"][begin] = pool[name][begin]
         owner = torch.arange(len(slots), device=slots.device).repeat_interleave(lengths)
@@ -153,7 +153,7 @@ class Adaptation:
             "chunk.stream": torch.cat([old[:, :count], stream.detach().to(old.dtype), old[:, stop:]], 1),
         }
         for part in self.parts[1:]:
-            for spec in part.rule.state():
+            for spec in part.anchor:
                 name = f"{part.name}.{spec.name}"
                 new[f"chunk.{name}"] = state[name].detach() if count == 0 else state[f"chunk.{name}"]
         return new
@@ -199,33 +199,35 @@ class Adaptation:
         return [spec.name for spec in self.spec()]
 
     def update(
-        self, state: Tensors, next_token: torch.Tensor, position: int, logits: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Stepped:
-        """Close the full chunk of B sessions that stand at `position` (the same for all) and whose next token is known.
+        self, state: Tensors, before: Tensors, next_token: torch.Tensor, place: Any,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Stepped:  # fmt: skip
+        """Close the full chunk of B sessions whose next token is known.
 
-        state: the tensors `names()`, [B, ..]; next_token [B]; logits: [B, C_1, D] before the last norm -> [B, C_1, V].
-        A session whose losses, gradients or new weights are not finite keeps its old levels.
+        state: the tensors `names()`, [B, ..]; before: the memories of all parts but the first when the chunk began;
+        place: where the chunk stands, for `Part.read`; next_token [B]; logits: stream behind the last block
+        [B, C_1, D] -> [B, C_1, V]. A session whose losses, gradients or new weights are not finite keeps its levels.
         """
         leaves = {name: t.detach().requires_grad_() for name, t in state.items() if ".delta." in name}
         inputs: dict[str, torch.Tensor] = {}
         with torch.enable_grad():
-            losses = self._losses({**state, **leaves}, next_token, position - self.chunk, logits, inputs)
+            losses = self._losses({**state, **leaves}, before, next_token, place, logits, inputs)
             gradients = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())), strict=True))
         finite = torch.stack([g.flatten(1).isfinite().all(1) for g in gradients.values()]).all(0) & losses.isfinite()
         return self._apply(state, gradients, inputs, finite)
 
     def _losses(
-        self, state: Tensors, next_token: torch.Tensor, position: int, logits: Callable[[torch.Tensor], torch.Tensor],
-        inputs: dict[str, torch.Tensor],
+        self, state: Tensors, before: Tensors, next_token: torch.Tensor, place: Any,
+        logits: Callable[[torch.Tensor], torch.Tensor], inputs: dict[str, torch.Tensor],
     ) -> torch.Tensor:  # fmt: skip
         """Summed next-token loss of the chunk, [B]."""
         x = state["chunk.stream"].detach()
-        dtype = self.parts[0].cms.up[0].dtype
-        x = x.to(dtype) if not torch.is_autocast_enabled(x.device.type) else x
+        x = x.to(self.parts[0].cms.dtype) if not torch.is_autocast_enabled(x.device.type) else x
         for index, part in enumerate(self.parts):
             if index:
-                anchor = {s.name: state[f"chunk.{part.name}.{s.name}"] for s in part.rule.state()}
-                x = x + part.rule.scan(part.inner(x), anchor, position)[0]
+                prefix = f"{part.name}."
+                memory = {n.removeprefix(prefix): t.detach() for n, t in before.items() if n.startswith(prefix)}
+                x = part.read(x, memory, place)[0]
             x = part.mix(x, self._watched(part, state, inputs))
         targets = torch.cat([state["chunk.tokens"][:, 1:], next_token[:, None]], dim=1)
         return cross_entropy(logits(x).transpose(1, 2), targets, reduction="none").sum(1)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from nested_runtime.core import Batch
+from nested_runtime.core import Batch, KVRows
 from nested_runtime.memory.level import Level
 from nested_runtime.models.adaptation import Stepped
 from nested_runtime.state.spec import TensorSpec
@@ -60,10 +60,13 @@ class LanguageModel(nn.Module, ABC):
         Pure and differentiable; equal to `forward` on the same tokens (the invariant's differentiable twin).
         """
 
-    def update(self, slots: torch.Tensor, next_token: torch.Tensor, position: int, pool: Pool) -> Stepped:
+    def update(
+        self, slots: torch.Tensor, next_token: torch.Tensor, positions: torch.Tensor, pool: Pool,
+        kv: KVRows | None = None,
+    ) -> Stepped:  # fmt: skip
         """Let the levels of sessions with a full chunk take their step, before they read `next_token` [B].
 
-        slots [B]; position: session tokens read, the same for all modulo `period`. Gradients are taken within; call it
-        outside inference mode. Models with `update_chunk` 0 have no levels.
+        slots [B]; positions [B]: session tokens read, equal modulo `period`; kv: where growing tensors lie. Gradients
+        are taken within; call it outside inference mode. Models with `update_chunk` 0 have no levels.
         """
         raise NotImplementedError(f"{type(self).__name__} has no levels")

@@ -7,28 +7,32 @@ With static levels only it is a Llama-type decoder: what `nested-convert` makes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding, linear, rms_norm
 
-from nested_runtime.core import Batch
+from nested_runtime.core import Batch, KVRows
 from nested_runtime.errors import ConfigError
+from nested_runtime.memory.cms import ContinuumMemory
 from nested_runtime.memory.gated_mlp import GatedMLP
+from nested_runtime.memory.level import Change, Level
 from nested_runtime.memory.paged_attention import AttentionShape, PagedAttention
 from nested_runtime.memory.rope import Rope
-from nested_runtime.models.base import LanguageModel, Pool
+from nested_runtime.models.adaptation import LevelFields, config_of, read_levels
+from nested_runtime.models.base import Pool
 from nested_runtime.models.config import from_fields
-from nested_runtime.state.spec import TensorSpec, prefixed
+from nested_runtime.models.leveled import LeveledBlock, LeveledModel, Place, Tensors
+from nested_runtime.state.spec import TensorSpec
 
 __all__ = ["HopeAttention", "HopeAttentionConfig"]
 
 
 @dataclass(frozen=True)
-class HopeAttentionConfig:
+class HopeAttentionConfig(LevelFields):
     """Shape of the model.
 
     hidden      width of the gated MLP
@@ -79,40 +83,61 @@ class HopeAttentionConfig:
     def attention(self, block: int) -> AttentionShape:
         """The attention layer of a block."""
         slides = self.slides(block)
+        chunk = int(self.levels[0]["chunk"]) if self.levels else 0
         windows = [self.window if self.window and self.slides(i) else self.context for i in range(self.blocks)]
         window = min(windows[block], self.context)
         rope = self.local_rope if slides and self.local_rope is not None else self.rope
         return AttentionShape(
-            self.dim, self.heads, self.kv_heads, self.head_dim, window, min(max(windows), self.context), Rope.of(rope),
-            self.scale, self.qkv_bias, self.out_bias, self.qk_norm, self.norm_eps,
+            self.dim, self.heads, self.kv_heads, self.head_dim, window,
+            min(max(windows), self.context) + chunk, Rope.of(rope), self.scale, self.qkv_bias, self.out_bias,
+            self.qk_norm, self.norm_eps,
         )  # fmt: skip
 
 
-class AttentionBlock(nn.Module):
-    """Attention and a gated MLP, each behind a norm."""
+class AttentionBlock(LeveledBlock):
+    """Attention and a continuum memory around a gated MLP, each behind a norm."""
 
-    def __init__(self, config: HopeAttentionConfig, index: int) -> None:
+    def __init__(self, config: HopeAttentionConfig, index: int, levels: Sequence[Level] = ()) -> None:
         super().__init__()
         self.memory = PagedAttention(config.attention(index))
-        self.mlp = GatedMLP(config.dim, config.hidden, config.activation, config.mlp_bias)
+        mlp = GatedMLP(config.dim, config.hidden, config.activation, config.mlp_bias)
+        self.cms = ContinuumMemory(config.dim, config.hidden, levels, config.cms, mlp)
         self.norm_memory = nn.Parameter(torch.ones(config.dim))
         self.norm_mlp = nn.Parameter(torch.ones(config.dim))
         self.post_memory = nn.Parameter(torch.ones(config.dim)) if config.post_norm else None
         self.post_mlp = nn.Parameter(torch.ones(config.dim)) if config.post_norm else None
         self.eps = config.norm_eps
 
+    def state(self) -> tuple[TensorSpec, ...]:
+        """See `LeveledBlock.state`."""
+        return self.memory.state()
+
     def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """RMS norm of x [.., D]; nothing without a weight."""
         return x if weight is None else rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.eps)
 
-    def add(self, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        """The stream after attention's output `read` and the MLP, [.., D]."""
-        x = x + self.norm(read, self.post_memory)
-        return x + self.norm(self.mlp(self.norm(x, self.norm_mlp)), self.post_mlp)
+    def read_packed(self, x: torch.Tensor, pool: Tensors, batch: Batch, place: Place) -> torch.Tensor:
+        """See `LeveledBlock.read_packed`; `place` are the turns of every rope."""
+        z = self.norm(x, self.norm_memory)
+        read = self.memory.apply_packed(z, pool, batch, place[self.memory.shape.rope])
+        return x + self.norm(read, self.post_memory)
+
+    def read(self, x: torch.Tensor, state: Tensors, place: Place) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See `LeveledBlock.read`."""
+        out, new = self.memory.scan(self.norm(x, self.norm_memory), state, place[self.memory.shape.rope])
+        return x + self.norm(out, self.post_memory), new
+
+    def mix(self, x: torch.Tensor, changes: Sequence[Change] | None = None) -> torch.Tensor:
+        """See `LeveledBlock.mix`."""
+        return x + self.norm(self.cms(self.norm(x, self.norm_mlp), changes), self.post_mlp)
 
 
-class HopeAttention(LanguageModel):
-    """Attention language model whose keys and values are one row per token of the session."""
+class HopeAttention(LeveledModel):
+    """Attention language model whose keys and values are one row per token of the session.
+
+    When the levels step, the chunk is read again from the stream that entered the first of them, behind the rows of
+    the tokens before it, which are still there: a session keeps a chunk more rows than any of its tokens sees.
+    """
 
     TINY: ClassVar[dict[str, Any]] = {
         "vocab_size": 64, "dim": 16, "blocks": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 24, "context": 24,
@@ -121,11 +146,16 @@ class HopeAttention(LanguageModel):
 
     def __init__(self, config: HopeAttentionConfig) -> None:
         super().__init__()
-        self.config, self.chunk, self.vocab_size = config, 1, config.vocab_size
+        levels = read_levels(config, 1, config.blocks)
+        self.config, self.chunk, self.period, self.vocab_size = config, 1, 1, config.vocab_size
         self.embed = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
-        self.blocks = nn.ModuleList(AttentionBlock(config, i) for i in range(config.blocks))
+        first = config.blocks - config.adaptive_blocks
+        self.blocks = nn.ModuleList(
+            AttentionBlock(config, i, levels if i >= first else ()) for i in range(config.blocks)
+        )
         self.norm = nn.Parameter(torch.ones(config.dim))
         self.head = None if config.tied else nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
+        self.adapt(levels, config.dim, config.adaptive_blocks)
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any]) -> HopeAttention:
@@ -134,57 +164,63 @@ class HopeAttention(LanguageModel):
 
     def to_config(self) -> dict[str, Any]:
         """The mapping `from_config` reads."""
-        return asdict(self.config)
+        return config_of(self.config)
 
-    def _stack(self) -> list[tuple[str, AttentionBlock]]:
-        return [(f"blocks.{i}.memory", cast(AttentionBlock, block)) for i, block in enumerate(self.blocks)]
-
-    def state_spec(self) -> tuple[TensorSpec, ...]:
-        """See `LanguageModel.state_spec`."""
-        return tuple(spec for name, block in self._stack() for spec in prefixed(name, block.memory.state()))
-
-    def _turns(self, at: torch.Tensor) -> dict[Rope, torch.Tensor]:
-        """cos and sin of the positions `at` for every rope of the model."""
-        shapes = {block.memory.shape.rope: block.memory.shape for _, block in self._stack()}
-        return {rope: rope.turns(at, shape.head_dim) for rope, shape in shapes.items()}
-
-    def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
-        """See `LanguageModel.forward`."""
-        counts = batch.cu_seqlens.diff()
-        ahead = (batch.positions - batch.cu_seqlens[:-1]).repeat_interleave(counts)
-        turns = self._turns(torch.arange(len(batch.token_ids), device=ahead.device) + ahead)
-        x = self._enter(batch.token_ids)
-        for name, block in self._stack():
-            local = {s.name: pool[f"{name}.{s.name}"] for s in block.memory.state()}
-            z = block.norm(x, block.norm_memory)
-            x = block.add(x, block.memory.apply_packed(z, local, batch, turns[block.memory.shape.rope]))
-        return rms_norm(x, (x.shape[-1],), self.norm.to(x.dtype), self.config.norm_eps)
-
-    def scan(
-        self, tokens: torch.Tensor, state: Mapping[str, torch.Tensor] | None, position: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """See `LanguageModel.scan`."""
-        turns = self._turns(torch.arange(position, position + tokens.shape[1], device=tokens.device))
-        start = state if state is not None else self._fresh(tokens)
-        x, new = self._enter(tokens), {}
-        for name, block in self._stack():
-            local = {s.name: start[f"{name}.{s.name}"] for s in block.memory.state()}
-            z = block.norm(x, block.norm_memory)
-            read, after = block.memory.scan(z, local, turns[block.memory.shape.rope])
-            new.update({f"{name}.{key}": tensor for key, tensor in after.items()})
-            x = block.add(x, read)
-        return rms_norm(x, (x.shape[-1],), self.norm.to(x.dtype), self.config.norm_eps), new
-
-    def _fresh(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        dtype = torch.promote_types(self.embed.dtype, torch.float32)
-        shapes = {s.name: (tokens.shape[0], *s.fresh_shape) for s in self.state_spec()}
-        return {name: torch.zeros(shape, dtype=dtype, device=tokens.device) for name, shape in shapes.items()}
-
-    def _enter(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def enter(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """See `LeveledModel.enter`."""
         scaled: torch.Tensor = embedding(token_ids, self.embed)
         return scaled if self.config.embed_scale == 1 else scaled * self.config.embed_scale
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """See `LeveledModel.leave`."""
+        return rms_norm(x, (x.shape[-1],), self.norm.to(x.dtype), self.config.norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel.logits`."""
         out = linear(hidden, self.embed if self.head is None else self.head)
         return out if hidden.dtype == torch.float64 else out.float()
+
+    # ---- where tokens stand: the turns of every rope ----------------------------------------------------------------
+
+    def _turns(self, at: torch.Tensor) -> dict[Rope, torch.Tensor]:
+        """cos and sin of the positions `at` for every rope of the model."""
+        shapes = {block.memory.shape.rope: block.memory.shape for _, block in self._attention()}
+        return {rope: rope.turns(at, shape.head_dim) for rope, shape in shapes.items()}
+
+    def _attention(self) -> Iterator[tuple[str, AttentionBlock]]:
+        return ((name, cast(AttentionBlock, block)) for name, block in self._stack())
+
+    def packed_place(self, batch: Batch) -> Place:
+        """See `LeveledModel.packed_place`."""
+        ahead = (batch.positions - batch.cu_seqlens[:-1]).repeat_interleave(batch.cu_seqlens.diff())
+        return self._turns(torch.arange(len(batch.token_ids), device=ahead.device) + ahead)
+
+    def place(self, begin: int | torch.Tensor, length: int) -> Place:
+        """See `LeveledModel.place`."""
+        at = torch.arange(length, device=self.embed.device)
+        return self._turns(at + begin if isinstance(begin, int) else begin[:, None] + at)
+
+    # ---- the rows before a chunk: nothing is copied when it begins --------------------------------------------------
+
+    def anchor(self, block: LeveledBlock) -> tuple[TensorSpec, ...]:
+        """None: see the class."""
+        return ()
+
+    def before(self, state: Tensors) -> dict[str, torch.Tensor]:
+        """See `LeveledModel.before`. Rows that were dropped between two turns are not seen again."""
+        return {name: state[name][:, : -self.update_chunk] for name in self._learning_rows()}
+
+    def before_packed(self, pool: Pool, slots: torch.Tensor, kv: KVRows | None) -> dict[str, torch.Tensor]:
+        """See `LeveledModel.before_packed`: right-aligned, padded with rows that are not filled."""
+        if kv is None:
+            raise ConfigError("attention needs to know where the keys and values lie (kv)")
+        known = (kv.num - self.update_chunk).clamp(min=0)
+        rows = int(known.max())
+        at = torch.arange(rows, device=known.device) + (known - rows)[:, None]
+        where = torch.where(at < 0, 0, kv.read[:, :rows].gather(1, at.clamp(min=0)))  # row 0 is padding
+        return {name: pool[name].flatten(0, 1)[where] for name in self._learning_rows()}
+
+    def _learning_rows(self) -> list[str]:
+        """State tensors with the rows of the adaptive blocks behind the first."""
+        behind = list(self._stack())[self.first_adaptive + 1 :]
+        return [f"{name}.{spec.name}" for name, block in behind for spec in block.state()]

@@ -23,7 +23,7 @@ from nested_runtime.state.pool import SlotPool
 from nested_runtime.state.snapshot import Binding, Snapshot
 
 BuildModel = Callable[[str, torch.dtype], LanguageModel]
-LEVELS = ["hope+sequential", "hope+nested", "hope+headwise", "transformer+sequential"]
+LEVELS = ["hope+sequential", "hope+nested", "hope+headwise", "transformer+sequential", "hope-attention+stacked"]
 NAMES = ["counter", *FAMILIES, *LEVELS]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -78,10 +78,9 @@ class Bench:
             period = self.model.period or 1 << 62
             batch = [r for r in due if r.done % period == due[0].done % period]
             due = [r for r in due if r not in batch]
-            slots, tokens = (
-                torch.tensor(values) for values in zip(*((r.slot, r.tokens[r.done]) for r in batch), strict=True)
-            )
-            assert self.model.update(slots, tokens, batch[0].done, self.pool.tensors).good.all()
+            slots, tokens, places = torch.tensor([(r.slot, r.tokens[r.done], r.done) for r in batch]).t()
+            kv = self.pool.extend(slots.tolist(), [0] * len(batch))
+            assert self.model.update(slots, tokens, places, self.pool.tensors, kv).good.all()
 
     def _step(self, work: list[tuple[Reader, int]]) -> None:
         seen: list[torch.Tensor] = []
