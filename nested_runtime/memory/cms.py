@@ -58,7 +58,7 @@ class ContinuumMemory(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.config, self.variant, self.static = tuple(levels), variant, static
-        self._check()
+        self._check(dim)
         if static is None:
             self.up = nn.ParameterList([torch.randn(hidden, dim) * dim**-0.5])
             self.down = nn.ParameterList([torch.zeros(dim, hidden)])
@@ -76,7 +76,7 @@ class ContinuumMemory(nn.Module):
             if variant == "headwise":
                 self.heads = nn.Parameter(torch.ones(len(levels)))
 
-    def _check(self) -> None:
+    def _check(self, dim: int) -> None:
         levels, variant = self.config, self.variant
         if variant not in VARIANTS:
             raise ConfigError(f"cms must be one of {', '.join(VARIANTS)}, got {variant!r}")
@@ -88,6 +88,8 @@ class ContinuumMemory(nn.Module):
                     f"levels.{number}.hidden is {level.hidden}, and cms {variant!r}: "
                     + ("leave it out, the level has the static MLP's" if level.hidden else "give the MLP's width")
                 )
+            if level.rank is not None and level.rank > dim:
+                raise ConfigError(f"levels.{number}.rank is {level.rank}, more than the stream is wide, {dim}")
 
     def level(self, number: int) -> Deltas:
         """The start of level `number`."""

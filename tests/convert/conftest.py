@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests is not installed")
 
 from nested_runtime.convert.cli import convert  # noqa: E402
+from nested_runtime.convert.levels import Stack  # noqa: E402
 from nested_runtime.models import loading  # noqa: E402
 
 CHATML = (
@@ -109,9 +110,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 def converted(tmp_path: Path, checkpoint: Callable[[str], tuple[Path, Any]]) -> Callable[..., Any]:
     """(transformers model, our LoadedModel) of a case."""
 
-    def get(case: str, **extra: Any) -> tuple[Any, loading.LoadedModel]:
+    def get(case: str, stack: Stack | None = None, **extra: Any) -> tuple[Any, loading.LoadedModel]:
         folder, theirs = checkpoint(case)
-        convert(folder, tmp_path / case, extra)
+        convert(folder, tmp_path / case, extra, stack=stack)
         return theirs, loading.load(str(tmp_path / case))
 
     return get

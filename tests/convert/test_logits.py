@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nested_runtime.convert.levels import Stack
 from nested_runtime.core import SamplingParams, Sequence
 from nested_runtime.engine.engine import Engine
 from nested_runtime.engine.runner import Span
@@ -21,18 +22,40 @@ def tokens_of(case: str) -> torch.Tensor:
     return torch.randint(3, 300, (2, LENGTH), generator=torch.Generator().manual_seed(len(case)))
 
 
-@torch.no_grad()
+STILL = Stack((8, 16), rank=4, blocks="last-half", rate=0.0)
+
+
 @pytest.mark.parametrize("case", list(CASES))
-def test_logits_equal_transformers_at_once_and_token_by_token(case: str, converted: Callable[..., Any]) -> None:
-    theirs, ours = converted(case)
+@pytest.mark.parametrize("stack", [None, STILL], ids=["plain", "levels of step size 0"])
+def test_logits_equal_transformers_at_once_and_token_by_token(
+    stack: Stack | None, case: str, converted: Callable[..., Any]
+) -> None:
+    theirs, ours = converted(case, stack)
     tokens = tokens_of(case)
-    expected = theirs(tokens).logits
-    found = ours.model.logits(ours.model.scan(tokens, None, 0)[0])
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        found = ours.model.logits(ours.model.scan(tokens, None, 0)[0])
     assert float((found - expected).abs().max()) <= 1e-4
     assert float(expected.std()) > 0.1, "the test would not notice anything"
     # Through the engine: the first 5 tokens as a prompt, then token by token, two sessions side by side.
     steps = stepwise(ours.model, tokens)
     assert float((steps - found).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize("case", ["llama3", "mistral", "qwen3", "gemma3"])
+def test_levels_move_the_logits_and_token_by_token_is_still_prefill(
+    case: str, rank: int | None, converted: Callable[..., Any]
+) -> None:
+    theirs, ours = converted(case, Stack((8, 16), rank=rank, blocks="last-half", rate=0.02))
+    tokens = tokens_of(case)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        found = ours.model.logits(ours.model.scan(tokens, None, 0)[0])
+    assert float((found[:, :8] - expected[:, :8]).abs().max()) <= 1e-4
+    assert float((found[:, 8:] - expected[:, 8:]).abs().max()) > 1e-2
+    steps = stepwise(ours.model, tokens)
+    assert float((steps - found).abs().max()) <= 1e-4 * float(found.abs().max())
 
 
 def stepwise(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -42,6 +65,10 @@ def stepwise(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     outs: list[list[torch.Tensor]] = [[] for _ in tokens]
     begin = 0
     for end in range(5, tokens.shape[1] + 1):
+        if model.update_chunk and begin and begin % model.update_chunk == 0:
+            kv = engine.pool.extend(slots, [0, 0])
+            places = torch.tensor([begin, begin])
+            assert model.update(torch.tensor(slots), tokens[:, begin], places, engine.pool.tensors, kv).good.all()
         spans = [
             Span(s, begin, row[begin:end].tolist(), range(end - begin)) for s, row in zip(slots, tokens, strict=True)
         ]

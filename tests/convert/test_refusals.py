@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nested_runtime.convert.cli import convert, main
 from nested_runtime.errors import ConfigError
+from nested_runtime.models import loading
 
 Checkpoint = Callable[[str], tuple[Path, Any]]
 
@@ -176,3 +177,51 @@ def test_the_command_says_it_in_one_line(source: Path, capsys: pytest.CaptureFix
         main([str(source), str(source.parent / "out2"), "--context", "129"])
     assert caught.value.code == 2
     assert "--context 129 is over max_position_embeddings, 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--levels", "64,"], "--levels '64,' is not a list of whole numbers"),
+        (["--levels", "0"], "chunk must be at least 1, got 0"),
+        (["--levels", "64,96"], "levels.1.chunk is 96: levels.0.chunk, 64, does not divide it"),
+        (["--levels", "64", "--rank", "0"], "rank must be at least 1, got 0"),
+        (["--levels", "64", "--rank", "1e9"], "--rank '1e9' is neither a whole number nor dense"),
+        (["--levels", "64", "--rank", "999999"], "levels.0.rank is 999999"),
+        (["--levels", "64", "--blocks", "last-4"], "--blocks 'last-4' is not one of all, last-half, last-quarter"),
+        (["--levels", "64", "--blocks", "first"], "--blocks 'first' is not one of"),
+        (["--levels", "64", "--optimizer", "lion"], "unknown optimizer 'lion'"),
+        (["--levels", "64", "--optimizer", "dgd"], "'dgd' needs the inputs of one chunk and dense deltas"),
+        (["--levels", "64", "--rate", "-1"], "rate must be a finite number, 0 or more, got -1.0"),
+        (["--levels", "64", "--rate", "nan"], "rate must be a finite number, 0 or more, got nan"),
+    ],
+)
+def test_impossible_levels_are_named(
+    source: Path, options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(source), str(source.parent / "out"), *options])
+    assert caught.value.code == 2
+    assert named in capsys.readouterr().err
+    assert not (source.parent / "out").exists()
+
+
+def test_the_command_adds_levels(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = source.parent / "out"
+    main([str(source), str(out), "--levels", "64,512", "--rank", "dense", "--blocks", "all", "--rate", "0.5"])
+    assert "3 blocks of 32, 320 tokens, 3 of them learn" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert [(level["chunk"], level["rank"], level["rate"]) for level in config["levels"]] == [
+        (64, None, 0.5), (512, None, 0.5),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["blocks.2.cms.levels.0.up_in", "blocks.2.cms.log_rates"])
+def test_a_spoiled_start_of_a_level_is_refused_when_it_is_loaded(source: Path, name: str) -> None:
+    out = source.parent / "out"
+    main([str(source), str(out), "--levels", "64"])
+    tensors = load_file(out / "model.safetensors")
+    for spoiled, message in ((torch.zeros(3, 3), "has shape"), (tensors[name] * float("nan"), "non-finite")):
+        save_file({**tensors, name: spoiled}, out / "model.safetensors")
+        with pytest.raises(ConfigError, match=message):
+            loading.load(str(out))

@@ -14,6 +14,7 @@ import transformers
 
 from nested_runtime.config import EngineConfig
 from nested_runtime.convert.cli import convert
+from nested_runtime.convert.levels import Stack
 from server.app import create_app, running
 from server.assembly import assemble
 from server.settings import Settings
@@ -34,13 +35,14 @@ async def ask(folder: Path, calls: list[tuple[str, dict[str, Any]]]) -> list[dic
 
 
 @pytest.fixture
-def served(tmp_path: Path, checkpoint: Checkpoint) -> tuple[Path, Any, Any]:
-    """Our folder, transformers' model and tokenizer."""
-    folder, theirs = checkpoint("llama3")
-    convert(folder, tmp_path / "m", {}, "m")
+def served(tmp_path: Path, checkpoint: Checkpoint, request: pytest.FixtureRequest) -> tuple[Path, Any, Any]:
+    """Our folder, with levels of step size 0, transformers' model and tokenizer."""
+    folder, theirs = checkpoint(getattr(request, "param", "llama3"))
+    convert(folder, tmp_path / "m", {}, "m", Stack((16,), rank=2, rate=0.0))
     return tmp_path / "m", theirs, transformers.AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("served", ["llama3", "mistral", "qwen2", "qwen3", "smollm", "gemma", "gemma3"], indirect=True)
 def test_chat_equals_generate_with_the_checkpoints_template(served: tuple[Path, Any, Any]) -> None:
     folder, theirs, tokenizer = served
     ids = tokenizer.apply_chat_template(USER, add_generation_prompt=True, return_tensors="pt", return_dict=False)
