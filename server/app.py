@@ -12,9 +12,9 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from nested_runtime.errors import StoreError
 
-from . import errors, openapi
+from . import errors, openapi, web
 from .deps import Service
-from .middleware import Gate
+from .middleware import OPEN, Gate
 from .routes import admin, chat, completions, health, memory, models, responses
 
 __all__ = ["create_app", "running"]
@@ -39,12 +39,15 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router, include_in_schema=False)
     for router in (models.root_router, health.router, admin.router):
         app.include_router(router)
+    pages = web.routes() if service.settings.web else []
+    app.routes.extend(pages)
     errors.install(app)
     openapi.install(app, service)
     app.add_middleware(
         Gate,
         keys=service.keys,
         admin_keys=service.admin_keys,
+        open_paths=OPEN | {page.path for page in pages},
         max_body_bytes=service.settings.max_body_bytes,
         max_in_flight=service.settings.requests_in_flight,
         log_ids=service.settings.log_ids,

@@ -62,7 +62,7 @@ def _on_vllm(loaded: loading.LoadedModel, settings: Settings) -> ServedModel:
         end_tokens=loaded.tokenizer.end_ids,
         options=VllmOptions(config.slots, config.queue, config.max_batch_tokens, config.max_context),
     )
-    return ServedModel(loaded.id, backend, loaded.tokenizer, specs, loaded.model.levels)
+    return ServedModel(loaded.id, backend, loaded.tokenizer, specs, loaded.model.levels, loaded.model.memory)
 
 
 def _on_our_engine(loaded: loading.LoadedModel, settings: Settings) -> ServedModel:
@@ -85,7 +85,7 @@ def _on_our_engine(loaded: loading.LoadedModel, settings: Settings) -> ServedMod
         max_resident=0,  # sessions keep their own, see sessions/vault.py
         num_threads=config.threads or torch.get_num_threads(),
     )
-    return ServedModel(loaded.id, backend, loaded.tokenizer, engine.specs, loaded.model.levels)
+    return ServedModel(loaded.id, backend, loaded.tokenizer, engine.specs, loaded.model.levels, loaded.model.memory)
 
 
 def build_service(

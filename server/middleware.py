@@ -22,7 +22,7 @@ from .errors import error_response
 from .logs import FIELDS
 from .tracing import NoTracing
 
-__all__ = ["Gate"]
+__all__ = ["OPEN", "Gate"]
 
 logger = logging.getLogger("nested.access")
 OPEN = frozenset({"/health", "/ready"})
@@ -32,7 +32,8 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class Gate:
     """Gives every request an id, lets it in or not, bounds its body, and logs one line about it.
 
-    observe   told route path, status
+    open_paths  exact paths that ask for no key and are nobody's request
+    observe     told route path, status
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Gate:
         *,
         keys: Keys,
         admin_keys: Keys,
+        open_paths: frozenset[str],
         max_body_bytes: int,
         max_in_flight: int,
         log_ids: bool,
@@ -50,6 +52,7 @@ class Gate:
         self._app = app
         self._keys = keys
         self._admin_keys = admin_keys
+        self._open_paths = open_paths
         self._max_body_bytes = max_body_bytes
         self._max_in_flight = max_in_flight
         self._in_flight: Counter[str] = Counter()
@@ -94,7 +97,7 @@ class Gate:
         path = _path(scope)
         if int(_digits(headers.get(b"content-length", b"0"))) > self._max_body_bytes:
             return self._too_large()
-        if path in OPEN:
+        if path in self._open_paths:
             return None
         key = bearer(headers)
         is_admin = _is_admin(path)
@@ -118,7 +121,7 @@ class Gate:
     def _counted(self, scope: Scope) -> Iterator[None]:
         """Count a tenant's request while it runs; health checks and the admin are nobody's."""
         path, tenant = _path(scope), scope["state"]["tenant"]
-        if path in OPEN or _is_admin(path):
+        if path in self._open_paths or _is_admin(path):
             yield
             return
         self._in_flight[tenant] += 1

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-ids", action="store_true", help="log tenant and session ids in plain text instead of hashes")
     add("--log-format", choices=("text", "json"), help="json: one object a line (default text)")
     add("--otlp-endpoint", metavar="URL", help="send traces to this OpenTelemetry collector (extra: otel)")
+    add("--no-web", dest="web", action="store_false", default=None, help="do not serve the web page at /")
     add("--root-path", metavar="PATH", help="path prefix a proxy strips")
     add("--cors-origin", action="append", metavar="ORIGIN", help="allowed browser origin; repeatable")
     add("--ssl-keyfile", metavar="FILE")

@@ -24,6 +24,7 @@ class Settings:
     keep_alive      seconds between SSE comments while nothing else is sent
     otlp_endpoint   OpenTelemetry collector that traces are sent to
     requests_in_flight  of one tenant at a time; more are 429
+    web             whether the web page is served at /
     backend         what runs the models: "native" or "vllm"
     sweep_seconds   between two looks at expired sessions, and at sessions that another server deleted
     """
@@ -52,6 +53,7 @@ class Settings:
     session_ttl: float | None = None
     requests_in_flight: int = 256
     sweep_seconds: float = 60.0
+    web: bool = True
     backend: str = "native"
     engine: EngineConfig = field(default_factory=EngineConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)

@@ -32,6 +32,10 @@ class UpdateRule(nn.Module, ABC):
     def scan(self, x: torch.Tensor, state: State, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """x [B, T, D] read from `state` at session position `position` (the same for all B) -> out [B, T, D], state."""
 
+    def memory(self, state: State) -> dict[str, torch.Tensor]:
+        """What has been learned, by names of `state`, so that norms mean something: no buffers, nothing in factors."""
+        return dict(state)
+
     def apply_packed(self, x: torch.Tensor, pool: State, batch: Batch) -> torch.Tensor:
         """x [T, D] packed over `batch`; `pool` holds this rule's tensors [S+1, *shape], updated in place -> [T, D]."""
         out = torch.empty_like(x)

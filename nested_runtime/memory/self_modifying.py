@@ -15,7 +15,7 @@ from torch.nn.functional import linear, rms_norm, silu
 from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.chunk import chunk_scan
 from nested_runtime.kernels.delta_rule.layout import RuleOptions, rows
-from nested_runtime.kernels.delta_rule.segment import DeltaState, segment
+from nested_runtime.kernels.delta_rule.segment import DeltaState, live, segment
 from nested_runtime.kernels.dispatch import packed_kernels
 from nested_runtime.kernels.short_conv.differentiable import short_conv
 from nested_runtime.memory.base import State, UpdateRule
@@ -89,6 +89,12 @@ class SelfModifying(UpdateRule):
             TensorSpec("tail_g", (h, c)),
             TensorSpec("window", (self.conv_width - 1, 3 * h * k)),
         )
+
+    def memory(self, state: State) -> dict[str, torch.Tensor]:
+        """X after the last token, [B, H, R, K]: anchor and tail in one, without the convolution's window."""
+        fast = DeltaState(*(state[name] for name in DeltaState._fields))
+        shift = self.base.to(fast.anchor.dtype) if self.options.retain == "zero" else 0.0  # as in `scan`
+        return {"anchor": live(fast._replace(anchor=fast.anchor + shift)) - shift}
 
     def row_rates(self) -> torch.Tensor:
         """r per row of the state [H, R]; the main memory's is 1."""

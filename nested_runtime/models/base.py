@@ -60,6 +60,10 @@ class LanguageModel(nn.Module, ABC):
         Pure and differentiable; equal to `forward` on the same tokens (the invariant's differentiable twin).
         """
 
+    def memory(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What sessions have learned: tensors [B, ..] by names of the spec, without buffers and counters."""
+        return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
     def update(
         self, slots: torch.Tensor, next_token: torch.Tensor, positions: torch.Tensor, pool: Pool,
         kv: KVRows | None = None,

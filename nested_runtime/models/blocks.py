@@ -44,6 +44,10 @@ class Block(LeveledBlock):
         """See `UpdateRule.state`."""
         return self.memory.state()
 
+    def learned(self, state: Tensors) -> dict[str, torch.Tensor]:
+        """See `LeveledBlock.learned`."""
+        return self.memory.memory(state)
+
     def read_packed(self, x: torch.Tensor, pool: Tensors, batch: Batch, place: Place) -> torch.Tensor:
         """See `LeveledBlock.read_packed`."""
         return x + self.memory.apply_packed(_norm(x, self.norm_memory), pool, batch)

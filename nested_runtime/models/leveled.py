@@ -37,6 +37,10 @@ class LeveledBlock(nn.Module, ABC):
     def state(self) -> tuple[TensorSpec, ...]:
         """State tensors of the memory."""
 
+    def learned(self, state: Tensors) -> dict[str, torch.Tensor]:
+        """See `UpdateRule.memory`."""
+        return dict(state)
+
     @abstractmethod
     def read_packed(self, x: torch.Tensor, pool: Tensors, batch: Batch, place: Place) -> torch.Tensor:
         """The stream [T, D] after the memory, whose tensors in `pool` are updated in place."""
@@ -108,6 +112,14 @@ class LeveledModel(LanguageModel):
         """See `LanguageModel.state_spec`."""
         memories = tuple(spec for name, block in self._stack() for spec in prefixed(name, block.state()))
         return memories + (self.adaptation.spec() if self.adaptation else ())
+
+    def memory(self, state: Tensors) -> dict[str, torch.Tensor]:
+        """See `LanguageModel.memory`: what the memories have learned, and the deltas of the levels."""
+        found = {name: tensor for name, tensor in state.items() if ".delta." in name}
+        for name, block in self._stack():
+            own = {spec.name: state[f"{name}.{spec.name}"] for spec in block.state()}
+            found |= {f"{name}.{key}": tensor for key, tensor in block.learned(own).items()}
+        return found
 
     def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
         """See `LanguageModel.forward`."""

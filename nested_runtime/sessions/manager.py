@@ -9,7 +9,7 @@ from dataclasses import replace
 from nested_runtime.errors import Conflict, NotFound, RequestError, StateError
 from nested_runtime.sessions.history import Record
 from nested_runtime.sessions.levels import LevelReport, measure
-from nested_runtime.sessions.vault import ServedModel, Start, Vault, record_of, zeros
+from nested_runtime.sessions.vault import ServedModel, Start, Tensors, Vault, record_of, zeros
 from nested_runtime.state import codec
 from nested_runtime.store.base import SessionKey, Version
 
@@ -143,12 +143,23 @@ class SessionManager:
         self.vault.forget(key)
         return existed
 
-    async def levels(self, key: SessionKey) -> tuple[Version, list[LevelReport]]:
-        """Size, norm and clock of every memory level of the head."""
-        head = await self.vault.head(key)
-        model = self._find(head.model)
-        start = await self.vault.load(key, head, model)
-        return head, await asyncio.to_thread(measure, model.specs, model.levels, start.tensors or zeros(model.specs))
+    async def levels(self, key: SessionKey, number: int | None = None) -> tuple[Version, list[LevelReport]]:
+        """The memory levels of a kept version, the head when None, beside the version it was made from."""
+        version = await self.version(key, number)
+        model = self._find(version.model)
+        state = (await self.vault.load(key, version, model)).tensors or zeros(model.specs)
+        before = await self._before(key, version, model)
+        return version, await asyncio.to_thread(measure, model.specs, model.levels, model.memory, state, before)
+
+    async def _before(self, key: SessionKey, version: Version, model: ServedModel) -> Tensors | None:
+        """The state a version was made from; None when that version is no longer kept, or is another session's."""
+        number = version.source if version.source is not None else version.parent
+        if not number:
+            return None if version.kind in ("fork", "import") else zeros(model.specs)
+        source = next((one for one in await self.vault.store.versions(key) if one.number == number), None)
+        if source is None or source.fingerprint != version.fingerprint:
+            return None
+        return (await self.vault.load(key, source, model)).tensors
 
 
 def _uprooted(record: Record | None) -> Record | None:

@@ -63,7 +63,8 @@ class Runtime:
 
     async def absorb(self, turn: Turn) -> Finished:
         """Read the turn's messages into the session without answering."""
-        turn = replace(turn, params=SamplingParams(max_tokens=0), learn="all", history="new")
+        params = SamplingParams(max_tokens=0, prompt_logprobs=turn.params.prompt_logprobs)
+        turn = replace(turn, params=params, learn="all", history="new")
         async with aclosing(self._learn(turn, _named(turn.session), kind="learn")) as events:
             async for event in events:
                 if isinstance(event, Finished):

@@ -24,7 +24,7 @@ from nested_runtime.state.spec import TensorSpec, newest_rows
 from nested_runtime.store.base import Draft, Lease, SessionKey, StateStore, StoredAnswer, Version
 from nested_runtime.tokenizer import Tokenizer
 
-__all__ = ["Encoded", "ServedModel", "Start", "Vault", "record_of", "zeros"]
+__all__ = ["Encoded", "ServedModel", "Start", "Tensors", "Vault", "record_of", "zeros"]
 
 Tensors = Mapping[str, torch.Tensor]
 Observer = Callable[[str, float], None]
@@ -32,13 +32,14 @@ Observer = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of this server. `levels`: its adaptive ones, fastest first."""
+    """A model of this server. `levels`: its adaptive ones, fastest first; `memory`: see `LanguageModel.memory`."""
 
     id: str
     backend: Backend
     tokenizer: Tokenizer
     specs: tuple[TensorSpec, ...]
-    levels: tuple[Level, ...] = ()
+    levels: tuple[Level, ...]
+    memory: Callable[[Tensors], Tensors]
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,20 @@ async def create_chat_completion(
     count = body.n or 1
     if session is not None and count > 1:
         raise RequestError(f"n is {count}; a turn of a session has one answer, so n must be 1", param="n")
+    if session is None and body.memory.surprise:
+        raise RequestError(
+            "memory.surprise is what a session's memory reads; send a session id, or ask for prompt_logprobs",
+            param="memory.surprise",
+        )
     asked = body.asked_tokens(body.max_completion_tokens)
     reply = ChatReply(
-        f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model.id, model.tokenizer, body.alternatives is not None
+        id=f"chatcmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=model.id,
+        tokenizer=model.tokenizer,
+        with_logprobs=body.alternatives is not None,
+        with_prompt_logprobs=body.prompt_logprobs is not None,
+        with_surprise=body.memory.surprise,
     )
     turns = [
         Turn(

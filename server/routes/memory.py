@@ -145,18 +145,19 @@ async def learn(key: Named, service: ServiceDep, expected: Expected, body: Learn
         messages = [{"role": m.role, "content": text_of(m.content, "messages")} for m in body.messages]
     else:
         messages = [{"role": "user", "content": body.text or ""}]
-    model = body.model if body.model is not None else await _model_of(service, key)
+    model = service.model(body.model if body.model is not None else await _model_of(service, key))
     turn = Turn(
         id=f"learn-{uuid.uuid4().hex}",
-        model=service.model(model).id,
-        params=SamplingParams(max_tokens=0),
+        model=model.id,
+        params=SamplingParams(max_tokens=0, prompt_logprobs=0 if body.surprise else None),
         messages=tuple(messages),
         session=key,
         expect=expected,
     )
     finished = await service.runtime.absorb(turn)
     version = str(finished.session.version) if finished.session else ""
-    body_out = {"id": key.session, "tokens_read": finished.prompt_tokens, **session_body(finished.session)}
+    told = session_body(finished, model.tokenizer if body.surprise else None)
+    body_out = {"id": key.session, "tokens_read": finished.prompt_tokens, **told}
     return JSONResponse(body_out, headers={"X-Session-Version": version})
 
 
@@ -174,11 +175,13 @@ async def history(key: Named, service: ServiceDep) -> dict[str, Any]:
 
 
 @router.get("/{id}/levels")
-async def levels(key: Named, service: ServiceDep) -> dict[str, Any]:
-    """Size and norm of every memory level, and when those that learn while serving did so last."""
-    head, found = await service.manager.levels(key)
-    data = [level_body(one) for one in found]
-    return {"object": "list", "version": head.number, "tokens": head.tokens, "data": data}
+async def levels(
+    key: Named, service: ServiceDep, version: Annotated[int | None, Query(ge=1, le=MAX_VERSION)] = None
+) -> dict[str, Any]:
+    """Size, norm and clock of every memory level of a kept version, and how far it moved from the one before."""
+    found, data = await service.manager.levels(key, version)
+    shown = [level_body(level) for level in data]
+    return {"object": "list", "version": found.number, "tokens": found.tokens, "data": shown}
 
 
 @router.get("/{id}/export")

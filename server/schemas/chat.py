@@ -83,6 +83,8 @@ class ChatRequest(Generation):
         "structured_outputs": (),
     }
 
+    REPORTS_SURPRISE: ClassVar[bool] = True
+
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
@@ -119,6 +121,8 @@ class ChatReply:
     model: str
     tokenizer: Tokenizer
     with_logprobs: bool
+    with_prompt_logprobs: bool = False
+    with_surprise: bool = False
 
     def body(self, finished: Sequence[Finished]) -> dict[str, Any]:
         """The whole reply, one choice per element."""
@@ -135,8 +139,8 @@ class ChatReply:
             **self._head("chat.completion"),
             "choices": choices,
             "usage": usage(finished),
-            **prompt_logprobs(finished[0], self.tokenizer),
-            **session_body(finished[0].session),
+            **(prompt_logprobs(finished[0], self.tokenizer) if self.with_prompt_logprobs else {}),
+            **self._session(finished[0]),
         }
 
     def chunk(
@@ -156,11 +160,14 @@ class ChatReply:
             "finish_reason": finished.finish_reason if finished else None,
         }
         body = {**self._head("chat.completion.chunk"), "choices": [choice], "usage": usage}
-        return {**body, **session_body(finished.session if finished else None)}
+        return {**body, **(self._session(finished) if finished else {})}
 
     def usage_chunk(self, finished: Sequence[Finished]) -> dict[str, Any]:
         """The chunk before [DONE] when usage was asked for."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(finished)}
+
+    def _session(self, finished: Finished) -> dict[str, Any]:
+        return session_body(finished, self.tokenizer if self.with_surprise else None)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from nested_runtime.core import SamplingParams
+from nested_runtime.core import SamplingParams, TokenLogprobs
 from nested_runtime.errors import RequestError
-from nested_runtime.sessions import Report
+from nested_runtime.sessions import Finished
+from nested_runtime.tokenizer import Tokenizer
 
-__all__ = ["Closed", "Generation", "MemoryOptions", "StreamOptions", "Strict", "known_but_unsupported", "session_body"]
+__all__ = [
+    "Closed",
+    "Generation",
+    "MemoryOptions",
+    "StreamOptions",
+    "Strict",
+    "known_but_unsupported",
+    "session_body",
+    "surprise_body",
+]
 
 
 def _unicode(text: str) -> str:
@@ -47,6 +57,10 @@ class MemoryOptions(Closed):
         description="Which messages are new. auto: a conversation with replies in it is compared with what was read; "
         "new: all messages are new; resent: compare always (regenerates a first answer).",
     )
+    surprise: bool = Field(
+        False,
+        description="Report -log p of every token the memory reads, as `session.surprise`. Chat completions only.",
+    )
 
 
 class StreamOptions(Strict):
@@ -61,6 +75,7 @@ class Generation(Strict):
 
     # parameters of OpenAI that would change the answer, and that this server cannot honour
     UNSUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    REPORTS_SURPRISE: ClassVar[bool] = False
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
@@ -127,7 +142,7 @@ class Generation(Strict):
             ignore_eos=bool(self.ignore_eos),
             seed=None if self.seed is None else self.seed + choice,
             logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=0 if self.prompt_logprobs is None and self.memory.surprise else self.prompt_logprobs,
         )
 
 
@@ -154,12 +169,20 @@ def known_but_unsupported(body: Generation) -> None:
             raise RequestError(
                 f"{name} is not supported by this server; leave it out", param=name, code="unsupported_parameter"
             )
+    if body.memory.surprise and not body.REPORTS_SURPRISE:
+        raise RequestError(
+            "memory.surprise is reported by chat completions and learn only; leave it out, or send prompt_logprobs",
+            param="memory.surprise",
+            code="unsupported_parameter",
+        )
 
 
-def session_body(report: Report | None) -> dict[str, Any]:
-    """`{"session": {...}}` of a reply, or nothing for a memoryless one."""
+def session_body(finished: Finished, surprise: Tokenizer | None = None) -> dict[str, Any]:
+    """`{"session": {...}}` of a reply, or nothing when memoryless. With a tokenizer: the surprise of the tokens."""
+    report = finished.session
     if report is None:
         return {}
+    told = {} if surprise is None else {"surprise": surprise_body(finished.prompt_logprobs or (), surprise)}
     return {
         "session": {
             "id": report.id,
@@ -170,5 +193,23 @@ def session_body(report: Report | None) -> dict[str, Any]:
             "history": report.history,
             "updates": report.updates,
             "updates_refused": report.refused,
+            **told,
         }
     }
+
+
+def surprise_body(entries: Sequence[TokenLogprobs | None], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """-log p (nats) of every token read, given all before it and the memory as it was at that token.
+
+    The first token of a turn is left out: nothing predicted it in this turn. `special` marks the template's tokens.
+    """
+    return [
+        {
+            "token": (data := tokenizer.token_bytes(one.token)).decode("utf-8", "replace"),
+            "bytes": list(data),
+            "surprise": min(-one.logprob, 9999.0),
+            "special": one.token in tokenizer.special_ids,
+        }
+        for one in entries
+        if one is not None
+    ]

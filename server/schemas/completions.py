@@ -106,7 +106,7 @@ class CompletionReply:
             **self._head(),
             "choices": choices,
             "usage": self._usage(finished),
-            **session_body(finished[0].session),
+            **session_body(finished[0]),
         }
 
     def _echoed(self, prompt: Prompt, one: Finished) -> Iterable[TokenLogprobs | int]:
@@ -131,7 +131,7 @@ class CompletionReply:
 
     def end(self, index: int, finished: Finished) -> list[dict[str, Any]]:
         """See `exchange.Chunks`."""
-        return [{**self._chunk(self._choice(index, "", None, finished)), **session_body(finished.session)}]
+        return [{**self._chunk(self._choice(index, "", None, finished)), **session_body(finished)}]
 
     def last(self, finished: Sequence[Finished]) -> list[dict[str, Any]]:
         """See `exchange.Chunks`."""

@@ -116,7 +116,7 @@ class ResponseReply:
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": one.prompt_tokens + one.completion_tokens,
             },
-            **session_body(one.session),
+            **session_body(one),
         }
 
     def start(self, index: int) -> list[dict[str, Any]]:

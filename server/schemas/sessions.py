@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import Field
@@ -77,6 +78,7 @@ class LearnRequest(Closed):
     model: str | None = None
     text: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
+    surprise: bool = Field(False, description="Report -log p of every token, as the memory read it.")
 
 
 def version_body(version: Version) -> dict[str, Any]:
@@ -122,6 +124,8 @@ def level_body(report: LevelReport) -> dict[str, Any]:
         "tensors": report.tensors,
         "bytes": report.bytes,
         "norm": report.norm,
+        "change": report.change,
+        "parts": [asdict(part) for part in report.parts],
         "chunk": clock and clock.level.chunk,
         "optimizer": clock and clock.level.optimizer,
         "rank": clock and clock.level.rank,

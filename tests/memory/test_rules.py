@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nested_runtime.core import Batch
 from nested_runtime.memory.base import UpdateRule
+from nested_runtime.memory.self_modifying import SelfModifying
 from nested_runtime.registry import RULES
 
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -141,6 +142,26 @@ def test_packed_batches_equal_scans(rule: UpdateRule, data: st.DataObject) -> No
         assert_same({name: t[slot : slot + 1] for name, t in pool.items()}, state)
     untouched = sorted(set(range(5)) - set(slots))
     assert not any(t[untouched].any() for t in pool.values()), "padding or free slots were written"
+
+
+@EXAMPLES
+@given(st.integers(0, 2**31), st.integers(1, 14))
+def test_the_memory_is_what_the_state_has_learned(rule: UpdateRule, seed: int, length: int) -> None:
+    """Nothing when fresh; then what the equations say, wherever in a chunk the reading stopped."""
+    assert not any(tensor.any() for tensor in rule.memory(fresh(rule, 2)).values())
+    _, state = read(rule, stream(seed, 2, length), [])
+    found = rule.memory(state)
+    assert found.keys() <= state.keys()
+    if not isinstance(rule, SelfModifying):
+        return
+    start = rule.base if rule.options.retain == "zero" else torch.zeros_like(rule.base)
+    expected, num_tail = state["anchor"] + start, length % rule.options.chunk
+    for j in range(num_tail):  # X_j = alpha_j X_{j-1} + d_j k_j^T, alpha_j from the cumulated logarithms
+        before = state["tail_g"][:, :, j - 1] if j else torch.zeros_like(state["tail_g"][:, :, 0])
+        alpha = (state["tail_g"][:, :, j] - before).exp()[..., None, None]
+        written = state["tail_d"][:, :, j, :, None] * state["tail_k"][:, :, j, None]
+        expected = alpha * expected + written
+    torch.testing.assert_close(found["anchor"], expected - start, **EXACT)
 
 
 def test_training_and_serving_agree_when_autograd_records(rule: UpdateRule) -> None:

@@ -95,6 +95,18 @@ def test_spec_names_shapes_and_levels(family: str, make_model: MakeModel) -> Non
     assert all(s.level and s.dtype == torch.float32 for s in specs)
 
 
+def test_memory_names_tensors_of_the_spec_and_is_zero_when_fresh(family: str, make_model: MakeModel) -> None:
+    model = make_model(family)
+    known = {spec.name for spec in model.state_spec()}
+    zeros = {s.name: torch.zeros(1, *s.fresh_shape, dtype=torch.float64) for s in model.state_spec()}
+    assert not any(tensor.any() for tensor in model.memory(zeros).values())
+    _, state = model.scan(draw_tokens(0, 3, 7), None, 0)
+    found = model.memory(state)
+    assert found.keys() <= known
+    assert all(len(tensor) == 3 and tensor.is_floating_point() and tensor.any() for tensor in found.values())
+    assert bool(found) == bool(known)
+
+
 def test_a_config_builds_the_same_model_again(family: str, make_model: MakeModel) -> None:
     model = make_model(family)
     again = FAMILIES.get(family).from_config(model.to_config())

@@ -48,7 +48,7 @@ def walk(server: Any) -> Iterator[tuple[str, str]]:
             yield method.upper(), filled
             if filled.startswith("/v1/"):
                 yield method.upper(), filled.removeprefix("/v1")
-    yield from (("GET", path) for path in ("/docs", "/redoc", "/openapi.json", "/", "/nowhere", "/admin"))
+    yield from (("GET", path) for path in ("/docs", "/redoc", "/openapi.json", "/web", "/nowhere", "/admin"))
 
 
 def test_every_route_asks_for_a_key(guarded: Any, http: httpx.Client) -> None:

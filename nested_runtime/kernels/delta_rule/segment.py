@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from nested_runtime.kernels.delta_rule.layout import ETA_MAX, NORM_EPS, RuleOptions, rows
 
-__all__ = ["DeltaState", "fold", "segment"]
+__all__ = ["DeltaState", "fold", "live", "segment"]
 
 
 class DeltaState(NamedTuple):
@@ -37,6 +37,13 @@ def fold(state: DeltaState) -> DeltaState:
     weighted = state.tail_d * (last - state.tail_g).exp()[..., None]
     anchor = state.anchor * last.exp()[..., None] + weighted.transpose(1, 2) @ state.tail_k
     return DeltaState(anchor, *(torch.zeros_like(t) for t in state[1:]))
+
+
+def live(state: DeltaState) -> torch.Tensor:
+    """X_t [.., R, K] of a state with any number of tokens in its tail; leading axes are free."""
+    last = state.tail_g.amin(-1)  # log g falls from token to token, and rows without a token are zero
+    weighted = state.tail_d * (last[..., None] - state.tail_g).exp()[..., None]
+    return state.anchor * last.exp()[..., None, None] + weighted.transpose(-1, -2) @ state.tail_k
 
 
 def segment(
