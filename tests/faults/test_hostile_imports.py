@@ -70,7 +70,8 @@ def hostile(blob: bytes, canary: Path) -> Iterator[tuple[str, bytes]]:
     yield "truncated header", blob[:40]
     yield "truncated data", blob[:-1]
     yield "something after it", blob + b"\0"
-    yield "another version", changed(format="nested-runtime-state/2")
+    yield "another version", changed(format="nested-runtime-state/3")
+    yield "an older version, whose digest is another hash", changed(format="nested-runtime-state/1")
     yield "another model", changed(fingerprint="0" * 32)
     yield "another digest", changed(digest="0" * 64)
     yield "pending token over the vocabulary", changed(pending="99999999")
