@@ -142,6 +142,21 @@ $(SDK)/.installed: pyproject.toml $(shell find clients -name '*.py') | $(BIN)/py
 test-sdk: venv $(SDK)/.installed ## SDK and command installed alone: no torch, and they work
 	@NESTED_SDK_PYTHON=$(abspath $(SDK))/bin/python OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/clients/test_alone.py $(ARGS)
 
+# Node's packages beside the tree. openapi-typescript makes the types, tsc checks them; make test checks that they are not stale.
+NODE := build/node
+$(NODE)/.installed: clients/typescript/package.json
+	@mkdir -p $(NODE) && cp $< $(NODE) && command -v npm >/dev/null && \
+		npm install --silent --no-package-lock --no-audit --no-fund --prefix $(NODE) && touch $@ || \
+		{ echo "make: npm could not install $<; install Node.js 20" >&2; exit 2; }
+
+.PHONY: typescript
+typescript: venv $(NODE)/.installed ## make clients/typescript/session-api.ts from the OpenAPI document
+	@tools/typescript.sh $(BIN)/python $(NODE)
+
+.PHONY: test-typescript
+test-typescript: venv $(NODE)/.installed ## tsc over the TypeScript types, and their example against a real server
+	@NESTED_NODE_FOLDER=$(NODE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/clients/test_typescript.py $(ARGS)
+
 .PHONY: bench
 bench: venv redis ## measure kernels and state I/O (a running server: benchmarks/serving.py)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels

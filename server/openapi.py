@@ -16,8 +16,9 @@ from fastapi.responses import JSONResponse
 from .deps import Service
 from .errors import error_response
 from .middleware import OPEN
+from .schemas import bodies
 
-__all__ = ["install"]
+__all__ = ["document", "install"]
 
 ALWAYS = ("400", "401", "404", "413", "429", "500", "503")
 MEMORY = ("409", "422")  # where a session or an idempotency key is involved
@@ -44,7 +45,6 @@ BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "bi
 ANSWERS = {
     "/v1/sessions/{id}/export": BYTES,
     "/metrics": {"text/plain": {"schema": {"type": "string"}}},
-    **{path: {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}} for path in GENERATING},
 }
 Operation = dict[str, Any]
 
@@ -52,18 +52,18 @@ Operation = dict[str, Any]
 def install(app: FastAPI, service: Service) -> None:
     """Make `app` serve the document."""
 
-    def document() -> dict[str, Any]:
+    def served() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, service)
+            app.openapi_schema = document(app, list(service.runtime.models))
         return app.openapi_schema
 
     async def on_wrong_method(request: Request, error: Exception) -> JSONResponse:
         """Every method of the path: Starlette names those of one route only."""
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-        found = {method for one in (path, f"/v1{path}") for method in _methods(document(), one)}
+        found = {method for one in (path, f"/v1{path}") for method in _methods(served(), one)}
         return error_response(error, {"Allow": ", ".join(sorted(found))} if found else {})
 
-    app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way
+    app.openapi = served  # type: ignore[method-assign]  # FastAPI's documented way
     app.add_exception_handler(405, on_wrong_method)
 
 
@@ -73,7 +73,8 @@ def _methods(document: dict[str, Any], path: str) -> Iterator[str]:
             yield from (method.upper() for method in methods)
 
 
-def _document(app: FastAPI, service: Service) -> dict[str, Any]:
+def document(app: FastAPI, names: list[str]) -> dict[str, Any]:
+    """The whole document; `names` are the models served, empty = any."""
     made = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, servers=app.servers
     )
@@ -82,22 +83,25 @@ def _document(app: FastAPI, service: Service) -> dict[str, Any]:
         "key": {"type": "http", "scheme": "bearer", "description": "Needed when the server has an --api-key-file"},
         "adminKey": {"type": "http", "scheme": "bearer", "description": "Of the --admin-key-file"},
     }
-    names = list(service.runtime.models)
+    answers, schemas = bodies.schemas()
+    components["schemas"] |= schemas
     for schema in components["schemas"].values():
         model = schema.get("properties", {}).get("model")
         if model is not None:
             _name_models(model, names)
-        if "example" in schema and "model" in schema["example"]:
+        if names and "model" in schema.get("example", {}):
             schema["example"] = {**schema["example"], "model": names[0]}
-    for path, operation in _operations(made):
+    for path, method, operation in _operations(made):
+        if (path, method) in answers:
+            operation["responses"]["200"]["content"] = {"application/json": {"schema": answers[path, method]}}
         _describe(path, operation, names)
     return made
 
 
-def _operations(document: dict[str, Any]) -> Iterator[tuple[str, Operation]]:
+def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, Operation]]:
     for path, methods in document["paths"].items():
-        for operation in methods.values():
-            yield path, operation
+        for method, operation in methods.items():
+            yield path, method, operation
 
 
 def _describe(path: str, operation: Operation, names: list[str]) -> None:
@@ -116,6 +120,7 @@ def _describe(path: str, operation: Operation, names: list[str]) -> None:
     if path == "/v1/sessions/{id}/import":
         operation["requestBody"] = {"required": True, "content": BYTES}
     if path in GENERATING:
+        answers["200"]["content"]["text/event-stream"] = {}
         answers["200"]["headers"] = {"X-Session-Version": {"schema": {"type": "string", "pattern": "^[0-9]+$"}}}
         operation.setdefault("parameters", []).extend(_header(*header) for header in HEADERS)
 
@@ -141,5 +146,5 @@ def _bound(parameter: dict[str, Any], names: list[str]) -> None:
 
 def _name_models(schema: dict[str, Any], names: list[str]) -> None:
     for part in schema.get("anyOf", (schema,)):
-        if part.get("type") == "string":
+        if names and part.get("type") == "string":
             part["enum"] = names

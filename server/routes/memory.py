@@ -14,6 +14,7 @@ from nested_runtime.sessions import Turn
 from nested_runtime.store.base import SessionKey, Version
 
 from ..deps import CallerDep, Expected, Named, Service, ServiceDep, named_session
+from ..schemas.bodies import Snapshot
 from ..schemas.chat import text_of
 from ..schemas.common import session_body
 from ..schemas.sessions import (
@@ -96,7 +97,7 @@ async def reset_session(
 @router.post("/{id}/snapshot")
 async def snapshot_session(
     key: Named, service: ServiceDep, expected: Expected, body: SnapshotRequest | None = None
-) -> dict[str, Any]:
+) -> Snapshot:
     """Keep a version (the newest) until the snapshot is deleted."""
     if expected is not None:
         await service.vault.versions(key, expected)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 from pydantic import Field
 
 from nested_runtime.sessions.levels import LevelReport
-from nested_runtime.store.base import SessionInfo, Snapshot, Version
+from nested_runtime.store import base as store
 
+from . import bodies
 from .chat import Message
 from .common import Closed
 
@@ -81,7 +79,7 @@ class LearnRequest(Closed):
     surprise: bool = Field(False, description="Report -log p of every token, as the memory read it.")
 
 
-def version_body(version: Version) -> dict[str, Any]:
+def version_body(version: store.Version) -> bodies.SessionVersion:
     """A version as JSON."""
     return {
         "version": version.number,
@@ -97,7 +95,7 @@ def version_body(version: Version) -> dict[str, Any]:
     }
 
 
-def info_body(info: SessionInfo) -> dict[str, Any]:
+def info_body(info: store.SessionInfo) -> bodies.SessionInfo:
     """A session as JSON."""
     return {
         "id": info.key.session,
@@ -116,7 +114,7 @@ def info_body(info: SessionInfo) -> dict[str, Any]:
     }
 
 
-def level_body(report: LevelReport) -> dict[str, Any]:
+def level_body(report: LevelReport) -> bodies.Level:
     """A memory level as JSON. Levels that change with every token have no clock, so the last fields are null."""
     clock = report.clock
     return {
@@ -125,18 +123,18 @@ def level_body(report: LevelReport) -> dict[str, Any]:
         "bytes": report.bytes,
         "norm": report.norm,
         "change": report.change,
-        "parts": [asdict(part) for part in report.parts],
-        "chunk": clock and clock.level.chunk,
-        "optimizer": clock and clock.level.optimizer,
-        "rank": clock and clock.level.rank,
-        "max_norm": clock and clock.level.max_norm,
-        "updates": clock and clock.updates,
-        "updates_refused": clock and clock.refused,
-        "tokens_since_update": clock and clock.tokens_since_update,
+        "parts": [{"name": part.name, "norm": part.norm, "change": part.change} for part in report.parts],
+        "chunk": clock.level.chunk if clock else None,
+        "optimizer": clock.level.optimizer if clock else None,
+        "rank": clock.level.rank if clock else None,
+        "max_norm": clock.level.max_norm if clock else None,
+        "updates": clock.updates if clock else None,
+        "updates_refused": clock.refused if clock else None,
+        "tokens_since_update": clock.tokens_since_update if clock else None,
     }
 
 
-def snapshot_body(snapshot: Snapshot) -> dict[str, Any]:
+def snapshot_body(snapshot: store.Snapshot) -> bodies.Snapshot:
     """A snapshot as JSON."""
     return {
         "snapshot": snapshot.id,
