@@ -22,7 +22,7 @@ import zstandard
 from nested_runtime.errors import ConfigError
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.dense import echo_drill, pairs_drill
-from nested_runtime.train.dialogues import Dialogue, DialogueSpec, Weights, copy_drill, generate, stage
+from nested_runtime.train.dialogues import Dialogue, DialogueSpec, Weights, Writer, compose, copy_drill, stage
 
 __all__ = ["Corpus", "Lanes", "Mixture", "Session", "read_rows", "render_dialogue"]
 
@@ -32,6 +32,7 @@ DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
 SHORT = 192  # sessions below so many tokens get another part before the filler
 FAR_SHARE, FAR_TOKENS = 0.2, (64, 1500)  # dialogues with a stretch of chat inside (at the end), and its length
 FEW_SHARE, MANY_SHARE = 0.12, 0.15  # dialogues with one or two facts; with up to 22 (at the end)
+PAUSE = 0.12  # share of text among the questions that fill a session's last segment
 FIRST = 2.0  # the first token of a value decides which fact is meant: the others follow from it
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
@@ -212,10 +213,12 @@ class Lanes:
         self.corpus, self.tokenizer, self.length, self.mixture = corpus, tokenizer, length, mixture
         self.rng = random.Random(seed)
         self.progress = progress
+        self._writer: Writer | None = None  # of the session being drawn
         self._lanes: list[Session] = [self._new() for _ in range(lanes)]
         self._at = [0] * lanes
 
     def _new(self) -> Session:
+        self._writer = None
         parts = [self._draw()]
         size = len(parts[0].tokens)
         while size < SHORT:
@@ -223,12 +226,17 @@ class Lanes:
             size += len(parts[-1].tokens)
         segments = -(-(size - 1) // self.length)
         while size < segments * self.length + 1:
-            filler = self._text(self.rng.random() < 0.6)
-            parts.append(filler)
-            size += len(filler.tokens)
+            parts.append(self._more())
+            size += len(parts[-1].tokens)
         tokens = np.concatenate([p.tokens for p in parts])[: segments * self.length + 1]
         weights = np.concatenate([p.weights for p in parts])[: segments * self.length + 1]
         return Session(tokens, self._thin(weights))
+
+    def _more(self) -> Session:
+        """What fills a session's last segment: further questions about what it told, with text between them."""
+        if self._writer is not None and self.rng.random() >= PAUSE:
+            return render_dialogue(self._writer.more(), self.tokenizer)
+        return self._text(self.rng.random() < 0.6)
 
     def _thin(self, weights: np.ndarray) -> np.ndarray:
         """Weights below 1 become rare ones of 1: the same expectation with fewer vocabulary projections."""
@@ -243,7 +251,7 @@ class Lanes:
 
     def _dialogue(self) -> Session:
         """A memory dialogue; some have an unrelated stretch of chat between two of their turns."""
-        dialogue = generate(self.rng, self.split, self._spec(), self._talk())
+        dialogue, self._writer = compose(self.rng, self.split, self._spec(), self._talk())
         if self.rng.random() >= FAR_SHARE * self.progress or len(dialogue.messages) < 4:
             return render_dialogue(dialogue, self.tokenizer)
         cut = 2 * self.rng.randint(1, len(dialogue.messages) // 2 - 1)

@@ -17,7 +17,7 @@ from nested_runtime.train.values import Values, lines
 from nested_runtime.train.variation import vary
 
 __all__ = ["Chat", "Dialogue", "DialogueSpec", "ExhaustedError", "Fact", "Message", "Probe", "Span", "Weights",
-           "Writer", "copy_drill", "generate", "mentions", "relations", "stage"]  # fmt: skip
+           "Writer", "compose", "copy_drill", "generate", "mentions", "relations", "stage"]  # fmt: skip
 
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
 
@@ -102,7 +102,7 @@ class Writer:
         """Claim a subject; a noun or a verb is claimed for all relations, a person for one only."""
         scope = "" if relation.about_things else relation.name
         subject = (scope, *identity(relation.subjects, user))
-        if subject in self.subjects or conflicts()[relation.name] & self.used.keys():
+        if subject in self.subjects or conflicts(self.split)[relation.name] & self.used.keys():
             return False
         self.subjects.add(subject)
         self.used[relation.name] = None
@@ -259,8 +259,16 @@ class Writer:
             return self.user_text(template, fields, "tell_prefixes", "tell_suffixes")
         if relation.plain and self.chance(self.spec.p_terse / 2):
             return f"{relation.label}{self.rng.choice((': ', ' = ', ' - '))}{fact.value}"
-        template = self.rng.choice(relation.tells[self.split])
+        template = self.composed(relation, "name_tells") or self.rng.choice(relation.tells[self.split])
         return self.user_text(template, fact.user, "tell_prefixes", "tell_suffixes")
+
+    def composed(self, relation: Relation, frames: str) -> Template | None:
+        """Now and then, a sentence around a noun phrase; only where the model trains."""
+        if self.split != "train" or not self.chance(self.spec.p_composed):
+            return None
+        if frames == "name_asks" and self.chance(0.4):
+            return relation.extra.ask(self.rng)
+        return relation.extra.draw(frames, self.rng)
 
     def correct(self, fact: Fact) -> None:
         """The user gives a fact another value, the assistant echoes."""
@@ -268,7 +276,8 @@ class Writer:
         fact.user["old"] = fact.value
         fact.user["v"] = fact.assistant["v"] = self.new_value(fact.relation)
         fact.told, fact.asked = len(self.messages), 0
-        template = self.rng.choice(fact.relation.corrections[self.split])
+        relation = fact.relation
+        template = self.composed(relation, "name_corrections") or self.rng.choice(relation.corrections[self.split])
         self.say("user", [Span(self.user_text(template, fact.user, "", "tell_suffixes"), Weights.user)])
         self.echo([fact])
 
@@ -278,6 +287,8 @@ class Writer:
         asks, indirect = relation.asks[self.split], relation.indirect[self.split]
         if relation.plain and self.chance(self.spec.p_terse / 2):
             text = f"{relation.label}?"
+        elif template := self.composed(relation, "name_asks"):
+            text = self.user_text(template, fact.user, "ask_prefixes", "ask_suffixes")
         elif indirect and self.chance(0.2):
             text = self.rng.choice(decorations("ask_wrappers", self.split))
             text = text.replace("{q}", self.rng.choice(indirect).render(fact.user), 1)
@@ -357,12 +368,29 @@ class Writer:
                 self.ask()
         return Dialogue(tuple(self.messages), tuple(self.probes))
 
+    def more(self) -> Dialogue:
+        """One further question of a dialogue that is written, on its own."""
+        begin = len(self.messages)
+        if self.chance(self.spec.p_unknown):
+            self.ask_unknown()
+        else:
+            self.ask()
+        return Dialogue(tuple(self.messages[begin:]), ())
 
-def generate(rng: random.Random, split: str, spec: DialogueSpec, small_talk: Sequence[Chat] = ()) -> Dialogue:
-    """A dialogue of ``split``; ``small_talk`` holds chats, each a sequence of (user, assistant) exchanges."""
+
+def compose(
+    rng: random.Random, split: str, spec: DialogueSpec, small_talk: Sequence[Chat] = ()
+) -> tuple[Dialogue, Writer]:
+    """As `generate`, with the writer, who can go on asking."""
     for _ in range(100):
+        writer = Writer(rng, split, spec, small_talk)
         try:
-            return Writer(rng, split, spec, small_talk).write()
+            return writer.write(), writer
         except ExhaustedError:
             continue
     raise RuntimeError("the small talk names every value that could be told")
+
+
+def generate(rng: random.Random, split: str, spec: DialogueSpec, small_talk: Sequence[Chat] = ()) -> Dialogue:
+    """A dialogue of ``split``; ``small_talk`` holds chats, each a sequence of (user, assistant) exchanges."""
+    return compose(rng, split, spec, small_talk)[0]

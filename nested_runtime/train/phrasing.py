@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from nested_runtime.train.keys import KEY_KINDS, VERB_KINDS
 from nested_runtime.train.values import SPLITS, Values, capital, lines, split_of, vowel_sound, words
@@ -20,6 +21,7 @@ __all__ = [
     "conflicts",
     "decorations",
     "filler",
+    "normalised",
     "pairs",
     "parse_relation",
     "relations",
@@ -101,6 +103,40 @@ class Template:
         return "".join([text if field else next(literals) for text, field in pieces])
 
 
+@functools.cache
+def _composed(text: str) -> Template:
+    return Template.parse(capital(text))
+
+
+def normalised(text: str) -> str:
+    """Two spellings of one phrasing become the same text."""
+    small = text.lower().replace("what's", "what is").replace("favourite", "favorite").replace("colour", "color")
+    return re.sub(r"[^\w{}]+", " ", small).strip()
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Ways to say it that only training draws, from `relations/train_only`: sentences made around noun phrases."""
+
+    names: tuple[str, ...] = ()  # what is asked for: "my dog's name"
+    clauses: tuple[str, ...] = ()  # the same as an indirect question: "what my dog is called"
+    held_out: frozenset[str] = frozenset()  # what other splits are measured with; never composed
+
+    def draw(self, frames: str, rng: random.Random) -> Template | None:
+        """A noun phrase in a frame of a word file; None where there is none, or the sentence is held out."""
+        return self._fill(frames, "{n}", self.names, rng)
+
+    def ask(self, rng: random.Random) -> Template | None:
+        """An indirect question in a frame."""
+        return self._fill("more_wrappers", "{q}", self.clauses, rng)
+
+    def _fill(self, frames: str, field: str, phrases: tuple[str, ...], rng: random.Random) -> Template | None:
+        if not phrases:
+            return None
+        text = rng.choice(lines(frames)).replace(field, rng.choice(phrases))
+        return None if normalised(text) in self.held_out else _composed(text)
+
+
 @dataclass(frozen=True)
 class Relation:
     """One kind of fact: how users tell, ask and correct it, how the assistant replies."""
@@ -118,6 +154,7 @@ class Relation:
     acks: tuple[Template, ...]
     answers: tuple[Template, ...]
     unknowns: tuple[Template, ...]
+    extra: "Extra"
 
     @property
     def plain(self) -> bool:
@@ -162,8 +199,13 @@ def _determined(field: str, texts: Iterable[str]) -> bool:
     return any(re.search(rf"(?i)\b(?:{'|'.join(DETERMINERS)}) \{{{field}\}}", text) for text in texts)
 
 
-def parse_relation(name: str, table: Mapping[str, object], where: str) -> Relation:
-    """A relation from its TOML table; raises ValueError naming file, relation and field."""
+def parse_relation(
+    name: str, table: Mapping[str, object], where: str, more: Mapping[str, list[str]] | None = None
+) -> Relation:
+    """A relation from its TOML table, and what only training draws; raises ValueError naming file, relation and field.
+
+    A phrasing of `more` that another split holds is left out.
+    """
 
     def fail(field: str, why: str) -> ValueError:
         return ValueError(f"{where}: relation {name!r}: field {field!r}: {why}")
@@ -194,6 +236,22 @@ def parse_relation(name: str, table: Mapping[str, object], where: str) -> Relati
                 raise fail(field, f"{{v}} given away in {text!r}")
         lists[field] = texts
     split = {field: by_split(lists[field]) for field in USER_LISTS}
+    held_out = frozenset(
+        normalised(text) for by in split.values() for other in SPLITS if other != "train" for text in by[other]
+    )
+    more = more or {}
+    for field, texts in more.items():
+        if field not in (*USER_LISTS, "names", "clauses"):
+            raise fail(field, "unknown field of a train-only file")
+        for text in texts:
+            if Template.parse(text).fields - known - {"old"} or (
+                field in ("tells", "corrections") and "{v}" not in text
+            ):
+                raise fail(field, f"wrong placeholders in {text!r}")
+    for field in USER_LISTS:
+        fresh = [t for t in more.get(field, []) if normalised(t) not in held_out and t not in split[field]["train"]]
+        split[field] = {**split[field], "train": (*split[field]["train"], *fresh)}
+    ways = Extra(tuple(more.get("names", ())), tuple(more.get("clauses", ())), held_out)
     indirect = {s: tuple(filter(None, map(_indirect, texts))) for s, texts in split["asks"].items()}
     everything = [text for texts in lists.values() for text in texts]
     user = {
@@ -214,6 +272,7 @@ def parse_relation(name: str, table: Mapping[str, object], where: str) -> Relati
         acks=tuple(map(Template.parse, lists["acks"])),
         answers=tuple(map(Template.parse, lists["answers"])),
         unknowns=tuple(map(Template.parse, lists["unknowns"])),
+        extra=ways,
     )
 
 
@@ -234,7 +293,21 @@ def relations() -> dict[str, Relation]:
             parse_relation(name, table, file.name)
             merged[name] = _merge(name, merged[name], table, file.name) if name in merged else table
             origin[name] = file.name
-    return {name: parse_relation(name, table, origin[name]) for name, table in merged.items()}
+    more = _train_only(folder.joinpath("train_only"))
+    if unknown := more.keys() - merged.keys():
+        raise ValueError(f"train_only: no relation of this name: {sorted(unknown)[0]!r}")
+    return {name: parse_relation(name, table, origin[name], more.get(name)) for name, table in merged.items()}
+
+
+def _train_only(folder: Traversable) -> dict[str, dict[str, list[str]]]:
+    """Relation -> field -> phrasings, over the files of the folder."""
+    out: dict[str, dict[str, list[str]]] = {}
+    for file in sorted(folder.iterdir(), key=lambda f: f.name):
+        for name, table in tomllib.loads(file.read_text(encoding="utf-8")).items():
+            fields = out.setdefault(name, {})
+            for field, texts in table.items():
+                fields[field] = fields.get(field, []) + texts
+    return out
 
 
 def _merge(name: str, old: Mapping[str, object], new: Mapping[str, object], where: str) -> dict[str, object]:
@@ -251,15 +324,18 @@ def _merge(name: str, old: Mapping[str, object], new: Mapping[str, object], wher
 
 
 @functools.cache
-def conflicts() -> dict[str, frozenset[str]]:
+def conflicts(split: str) -> dict[str, frozenset[str]]:
     """For every relation those that share a question with it: two of them would be ambiguous in one dialogue."""
     asked: dict[str, set[str]] = {}
     for name, relation in relations().items():
         kind = relation.subjects[:1]
         people = tuple(f"my {r}" for r in words("relatives")) if kind == ("person",) else ()
         for subject in words("relatives") if kind == ("relative",) else ("{s}", *people):
-            for template in {t for ts in relation.asks.values() for t in ts}:
-                question = template.text.replace("{s}", subject).lower().replace("what's", "what is").rstrip("?.!")
+            texts = {t.text for ts in relation.asks.values() for t in ts}
+            if split == "train":
+                texts |= {*relation.extra.names, *relation.extra.clauses}
+            for text in texts:
+                question = text.replace("{s}", subject).lower().replace("what's", "what is").rstrip("?.!")
                 asked.setdefault(question, set()).add(name)
     out = {name: set[str]() for name in relations()}
     for names in [*asked.values(), *[set(group) & out.keys() for group in ALIKE]]:

@@ -70,7 +70,7 @@ def test_unknown_probes_were_never_told(seed: int, n: float) -> None:
         if probe.kind == "unknown":
             assert not probe.expected
             assert probe.relation not in told
-            assert not phrasing.conflicts()[probe.relation] & told
+            assert not phrasing.conflicts("train")[probe.relation] & told
             reply = dialogue.messages[probe.turn + 1]
             assert {s.weight for s in reply.spans} == {dialogues.Weights.unknown}
 
@@ -108,14 +108,25 @@ def test_paired_facts_are_about_one_relative_or_the_user() -> None:
             assert all(r.subjects in ((), ("relative",), ("person",)) for r in both)
             assert template.fields <= {"s", "v", "w"}
             assert {"v", "w"} <= template.fields
-            assert second not in phrasing.conflicts()[first]
+            assert second not in phrasing.conflicts(split)[first]
 
 
 def test_relations_are_in_conflict_with_each_other_not_with_themselves() -> None:
-    conflicts = phrasing.conflicts()
-    for name, others in conflicts.items():
-        assert name not in others
-        assert all(name in conflicts[other] for other in others)
+    for split in SPLITS:
+        conflicts = phrasing.conflicts(split)
+        for name, others in conflicts.items():
+            assert name not in others
+            assert all(name in conflicts[other] for other in others)
+
+
+def test_what_is_composed_for_training_is_never_what_others_are_measured_with() -> None:
+    rng = random.Random(3)
+    for relation in phrasing.relations().values():
+        held_out = {phrasing.normalised(t.text) for s in ("dev", "test") for t in relation.asks[s]}
+        held_out -= {phrasing.normalised(t.text) for t in relation.asks["train"]}  # lists too short to be divided
+        for _ in range(300):
+            for template in (relation.extra.draw("name_asks", rng), relation.extra.ask(rng)):
+                assert template is None or phrasing.normalised(template.text) not in held_out
 
 
 @pytest.mark.parametrize(
