@@ -19,6 +19,7 @@ from nested_runtime.train.variation import vary
 __all__ = ["Chat", "Dialogue", "DialogueSpec", "ExhaustedError", "Fact", "Message", "Probe", "Span", "Weights",
            "Writer", "compose", "copy_drill", "generate", "mentions", "relations", "stage"]  # fmt: skip
 
+USUAL = 0.65  # share of the assistant's sentences that take its first way of saying it
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
 
 
@@ -209,9 +210,13 @@ class Writer:
         tail = [self.filler() for _ in range(self.rng.randint(0 if before else 1, after))] if after else []
         return " ".join([*[self.filler() for _ in range(before)], text, *tail])
 
-    def reply(self, templates: Sequence[Template], fact: Fact, weights: tuple[float, float]) -> list[Span]:
-        """A sentence of the assistant; a value in small letters may not start it."""
-        template = self.rng.choice(templates)
+    def reply(
+        self, templates: Sequence[Template], fact: Fact, weights: tuple[float, float], usual: Template | None = None
+    ) -> list[Span]:
+        """A sentence of the assistant, in training mostly the usual one; a value in small letters may not start it."""
+        if usual is None or self.split != "train" or not self.chance(USUAL):
+            usual = self.rng.choice(templates)
+        template = usual
         while template.starts_with_value and fact.value[0].islower() and len(templates) > 1:
             templates = [t for t in templates if t is not template]
             template = self.rng.choice(templates)
@@ -222,11 +227,24 @@ class Writer:
         if self.chance(self.spec.p_terse):
             self.say("assistant", [Span(self.rng.choice(lines("terse_acks")), Weights.ack)])
             return
+        if self.split == "train" and len(facts) == 1 and self.chance(self.spec.p_misheard):
+            self.mishear(facts[0])
+            return
         weights = (Weights.ack_value, Weights.ack)
-        spans = self.reply(facts[0].relation.acks, facts[0], weights)
+        spans = self.reply(facts[0].relation.acks, facts[0], weights, facts[0].relation.usual_ack)
         for fact in facts[1:]:
-            spans += [Span(" ", Weights.ack), *self.reply(fact.relation.answers, fact, weights)]
+            spans += [
+                Span(" ", Weights.ack),
+                *self.reply(fact.relation.answers, fact, weights, fact.relation.answers[0]),
+            ]
         self.say("assistant", spans)
+
+    def mishear(self, fact: Fact) -> None:
+        """The assistant takes a fact for one of another relation: not to be learned, but to be overcome in answers."""
+        special, _ = _pools()
+        other = self.rng.choice([r for r in special if not r.subjects])
+        text = self.rng.choice(other.acks).render(fact.assistant)
+        self.say("assistant", [Span(text, 0.0)])
 
     # --- turns
 
@@ -314,7 +332,8 @@ class Writer:
         kind: ProbeKind = "update" if fact.outdated else "recall"
         self.probe(fact, kind, fact.value, (len(self.messages) - fact.told) // 2)
         self.question(fact)
-        self.say("assistant", self.reply(fact.relation.answers, fact, (Weights.value, Weights.answer)))
+        answers, weights = fact.relation.answers, (Weights.value, Weights.answer)
+        self.say("assistant", self.reply(answers, fact, weights, answers[0]))
 
     def untold(self) -> Fact | None:
         """A fact never told: a told relation about somebody else, or another relation."""

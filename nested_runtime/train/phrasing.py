@@ -156,6 +156,12 @@ class Relation:
     unknowns: tuple[Template, ...]
     extra: "Extra"
 
+    @functools.cached_property
+    def usual_ack(self) -> Template:
+        """The acknowledgement that says what the usual answer, the first, will say in the same words."""
+        answer = self.answers[0].text.lower()
+        return next((ack for ack in self.acks if ack.text.lower().endswith(answer)), self.acks[0])
+
     @property
     def plain(self) -> bool:
         """Whether the name alone says what is meant: about the user, and not an open key."""
