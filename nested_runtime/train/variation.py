@@ -8,7 +8,7 @@ import functools
 import random
 import re
 
-from nested_runtime.train.values import lines
+from nested_runtime.train.values import lines, vowel_sound
 
 __all__ = ["vary"]
 
@@ -40,6 +40,7 @@ SMALL = frozenset(
         "this",
     ]
 )
+ARTICLE = re.compile(r"\b([aA])n? (\w+)")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -63,7 +64,12 @@ def _replace(text: str, rng: random.Random) -> str:
         word = rng.choice(table[found.lower()])
         return word[0].upper() + word[1:] if found[0].isupper() and found != "I" else word
 
-    return pattern.sub(other, text)
+    return ARTICLE.sub(_article, pattern.sub(other, text))
+
+
+def _article(match: re.Match[str]) -> str:
+    """The article that the word behind it now needs."""
+    return f"{match[1]}{'n' if vowel_sound(match[2]) else ''} {match[2]}"
 
 
 def _drop(text: str, rng: random.Random) -> str:

@@ -143,7 +143,9 @@ def test_a_lane_is_its_sessions_cut_up(corpus: Corpus, small_tokenizer: Tokenize
         assert tokens[0].tolist() == session.tokens[at : at + 33].tolist()
         assert weights[0].tolist() == session.weights[at + 1 : at + 33].tolist()
         at += 32
-    assert set(np.unique(session.weights)) <= {0.0, 1.0, 1.5, 2.0, 3.0, 6.0}, "small weights become rare whole ones"
+    whole = {1.0, Weights.ack_value, Weights.unknown, Weights.value, Weights.value * FIRST}
+    drawn = {round(float(w), 4) for w in np.unique(session.weights)}
+    assert drawn <= {0.0} | whole, "small weights become rare whole ones"
     assert (session.weights == Weights.value).any()
 
 
