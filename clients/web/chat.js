@@ -60,7 +60,7 @@ async function run(turn) {
 function busy(is) {
   byId("send").hidden = is;
   byId("stop").hidden = !is;
-  byId("log").setAttribute("aria-busy", String(is));
+  byId("conversation").setAttribute("aria-busy", String(is));
 }
 
 /** A message in the log. */
@@ -189,7 +189,7 @@ function failed(turn, error) {
 }
 
 function back(turn) {
-  if (!byId("text").value) byId("text").value = turn.text;
+  if (turn.session === tab.session && !byId("text").value) byId("text").value = turn.text;
 }
 
 /** Another tab or program was first. */

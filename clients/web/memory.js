@@ -35,7 +35,7 @@ async function load(id) {
     return null;
   }
   const [kept, snapshots] = await Promise.all([api.history(id), api.snapshots(id)]);
-  for (const version of kept) await levelsOf(id, version);
+  await Promise.all(kept.map((version) => levelsOf(id, version)));
   const line = new Map(lines.get(id) ?? []);
   if ([...line.values()].some((one) => kept.some((other) => isOther(one, other)))) line.clear(); // the id began afresh
   for (const one of line.values()) one.kept = false;
@@ -48,7 +48,12 @@ const isOther = (one, other) => one.version === other.version && one.created !==
 
 async function levelsOf(id, version) {
   const name = `${id} ${version.version} ${version.digest}`;
-  if (!seen.has(name)) seen.set(name, await api.levels(id, version.version));
+  if (seen.has(name)) return;
+  try {
+    seen.set(name, await api.levels(id, version.version));
+  } catch (error) {
+    if (error.status !== 404) throw error; // a turn has just pushed it out of the history
+  }
 }
 
 const levels = (id, version) => seen.get(`${id} ${version.version} ${version.digest}`) ?? null;
@@ -83,7 +88,7 @@ function view(id, { info, snapshots, line }) {
 }
 
 function levelTable(id, head, found) {
-  const rows = found.map(({ level, norm, change, bytes: size, ...clock }) => [
+  const rows = (found ?? []).map(({ level, norm, change, bytes: size, ...clock }) => [
     level,
     updates(clock, head),
     short(norm),

@@ -16,8 +16,9 @@ export function strip(columns, by) {
   ]);
   const caption = by === "change" ? "How far each version moved the memory" : "Norm of the memory in each version";
   return el("div", { className: "scroll", tabIndex: 0, role: "region", aria: { label: caption } },
+    el("p", { className: "note" }, `${caption}: the strongest colour of a row is its largest number.`),
     el("table", { className: "heat" },
-      el("caption", {}, `${caption}; the darkest cell of a row is its largest`),
+      el("caption", { className: "quiet" }, caption),
       el("thead", {}, el("tr", {},
         el("th", { scope: "col" }, "Level"),
         ...columns.map(({ version }) => el("th", { scope: "col" }, `v${version}`)))),
