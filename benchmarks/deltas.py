@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -87,6 +88,18 @@ def two_models(shape: dict[str, int], levels: dict[str, Any]) -> tuple[LanguageM
     return plain.eval().requires_grad_(False), learning.eval().requires_grad_(False)
 
 
+def quantized(model: LanguageModel, args: argparse.Namespace) -> Decoder:
+    """The same model with int8 weights."""
+    small = deepcopy(model)
+    small.quantize()
+    return Decoder(small, args.sessions, args.context)
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Of parameters and buffers."""
+    return sum(t.nbytes for t in model.state_dict().values())
+
+
 def state_bytes(decoder: Decoder) -> dict[str, int]:
     """Bytes of a session's tensors by level, and of its encoded snapshot."""
     state = decoder.pool.save(decoder.slots[0])
@@ -113,13 +126,16 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--quantize", action="store_true", help="int8 weights in a third model, without levels")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shape, rank = SHAPES[args.shape], args.rank or None
     models = two_models(shape, {"chunk": args.chunk, "rank": rank, "rate": 0.01})
     plain, learning = (Decoder(model, args.sessions, args.context) for model in models)
-    seconds: dict[str, list[float]] = {"plain": [], "deltas": [], "updates": []}
+    seconds: dict[str, list[float]] = {"plain": [], "deltas": [], "updates": [], "int8": []}
+    small = quantized(models[0], args) if args.quantize else None
     for _ in range(args.steps):
+        seconds["int8"].append(small.step()[0] if small else 0.0)
         seconds["plain"].append(plain.step()[0])
         read, updated = learning.step()
         seconds["deltas"].append(read)
@@ -132,6 +148,9 @@ def main() -> None:
         "decode_tokens_per_second_deltas": round(args.sessions / median["deltas"], 1),
         "ratio_decode": round(median["plain"] / median["deltas"], 3),
         "ratio_with_updates": round(sum(seconds["plain"]) / whole, 3),
+        "ratio_int8": round(median["plain"] / median["int8"], 3) if small else None,
+        "weight_bytes": weight_bytes(models[0]),
+        "weight_bytes_int8": weight_bytes(small.model) if small else None,
         "update_ms_per_session": round(1e3 * sum(seconds["updates"]) / (args.steps // args.chunk) / args.sessions, 2),
         "state_bytes": state_bytes(learning),
         "level_bytes_computed": computed_bytes(shape, rank),

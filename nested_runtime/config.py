@@ -25,6 +25,7 @@ class EngineConfig:
     update_share        time for updates of levels between two steps that decode, in units of a step's time
     kv_bytes            keys and values of all running sequences of a model with attention
     threads             torch threads; 0 = leave torch's choice
+    quantize            "none", or "int8": frozen weights of attention models in a quarter of the memory
     """
 
     slots: int = 16
@@ -35,8 +36,11 @@ class EngineConfig:
     kv_bytes: int = 1 << 30
     update_share: float = 1.0
     threads: int = 0
+    quantize: str = "none"
 
     def __post_init__(self) -> None:
+        if self.quantize not in ("none", "int8"):
+            raise ConfigError(f"quantize is {self.quantize!r}; give none or int8")
         _check(self, zero_allowed=("prefix_cache_bytes", "threads", "queue", "update_share"))
 
 

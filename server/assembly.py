@@ -30,7 +30,10 @@ __all__ = ["assemble", "build_service", "serve_model"]
 def assemble(settings: Settings) -> Service:
     """Everything the settings name, not started yet. ConfigError or CheckpointError says what is wrong."""
     keys, admin_keys = Keys.load(settings.api_key_file), Keys.load(settings.admin_key_file)
-    models = [serve_model(loading.load(name), settings) for name in settings.models]
+    int8 = settings.engine.quantize == "int8"
+    if int8 and settings.backend != "native":
+        raise ConfigError("--quantize is of the native backend; leave one of --quantize and --backend out")
+    models = [serve_model(loading.load(name, int8=int8), settings) for name in settings.models]
     if settings.store is None:
         try:
             settings.data_dir.expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, silu
 
 from nested_runtime.errors import ConfigError
+from nested_runtime.memory.frozen import Weight, linear
 from nested_runtime.memory.level import Change, keep
 
 __all__ = ["ACTIVATIONS", "GatedMLP"]
@@ -29,8 +30,8 @@ class GatedMLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise ConfigError(f"config field 'activation' is {activation!r}; known: {', '.join(ACTIVATIONS)}")
         self.activation = ACTIVATIONS[activation]
-        self.w_in = nn.Parameter(torch.randn(2 * hidden, dim) * dim**-0.5)
-        self.w_out = nn.Parameter(torch.zeros(dim, hidden))
+        self.w_in: Weight = nn.Parameter(torch.randn(2 * hidden, dim) * dim**-0.5)
+        self.w_out: Weight = nn.Parameter(torch.zeros(dim, hidden))
         self.b_in = nn.Parameter(torch.zeros(2 * hidden)) if bias else None
         self.b_out = nn.Parameter(torch.zeros(dim)) if bias else None
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import rms_norm
 
 from nested_runtime.core import Batch
 from nested_runtime.errors import ConfigError
 from nested_runtime.kernels.paged_attention.reference import attend, paged_attention
 from nested_runtime.memory.base import State
+from nested_runtime.memory.frozen import Weight, linear
 from nested_runtime.memory.rope import Rope, rotate
 from nested_runtime.state.spec import TensorSpec
 
@@ -58,8 +59,8 @@ class PagedAttention(nn.Module):
         super().__init__()
         self.shape = shape
         width, inner = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.heads * shape.head_dim
-        self.w_in = nn.Parameter(torch.randn(width, shape.dim) * shape.dim**-0.5)
-        self.w_out = nn.Parameter(torch.zeros(shape.dim, inner))
+        self.w_in: Weight = nn.Parameter(torch.randn(width, shape.dim) * shape.dim**-0.5)
+        self.w_out: Weight = nn.Parameter(torch.zeros(shape.dim, inner))
         self.b_in = nn.Parameter(torch.zeros(width)) if shape.bias else None
         self.b_out = nn.Parameter(torch.zeros(shape.dim)) if shape.out_bias else None
         self.norm_q = nn.Parameter(torch.ones(shape.head_dim)) if shape.qk_norm else None

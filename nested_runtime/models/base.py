@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nested_runtime.core import Batch, KVRows
+from nested_runtime.errors import ConfigError
 from nested_runtime.memory.level import Level
 from nested_runtime.models.adaptation import Stepped
 from nested_runtime.state.spec import TensorSpec
@@ -63,6 +64,10 @@ class LanguageModel(nn.Module, ABC):
     def memory(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What sessions have learned: tensors [B, ..] by names of the spec, without buffers and counters."""
         return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+    def quantize(self) -> None:
+        """Keep in int8 what never changes while serving; ConfigError where the family has nothing of the kind."""
+        raise ConfigError(f"int8 weights are for hope-attention models, this one is a {type(self).__name__}")
 
     def update(
         self, slots: torch.Tensor, next_token: torch.Tensor, positions: torch.Tensor, pool: Pool,

@@ -69,6 +69,8 @@ class BlockModel(LeveledModel):
     fields  the levels of the last blocks; the last `adaptive_blocks` blocks have them
     """
 
+    embed: nn.Parameter
+
     def __init__(
         self, vocab_size: int, dim: int, blocks: int, mlp_ratio: int, chunk: int, rule: Callable[[], UpdateRule],
         fields: LevelFields,

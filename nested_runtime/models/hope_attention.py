@@ -13,11 +13,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, linear, rms_norm
+from torch.nn.functional import rms_norm
 
 from nested_runtime.core import Batch, KVRows
 from nested_runtime.errors import ConfigError
 from nested_runtime.memory.cms import ContinuumMemory
+from nested_runtime.memory.frozen import Weight, embedding, linear, quantize
 from nested_runtime.memory.gated_mlp import GatedMLP
 from nested_runtime.memory.level import Change, Level
 from nested_runtime.memory.paged_attention import AttentionShape, PagedAttention
@@ -148,13 +149,15 @@ class HopeAttention(LeveledModel):
         super().__init__()
         levels = read_levels(config, 1, config.blocks)
         self.config, self.chunk, self.period, self.vocab_size = config, 1, 1, config.vocab_size
-        self.embed = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
+        self.embed: Weight = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
         first = config.blocks - config.adaptive_blocks
         self.blocks = nn.ModuleList(
             AttentionBlock(config, i, levels if i >= first else ()) for i in range(config.blocks)
         )
         self.norm = nn.Parameter(torch.ones(config.dim))
-        self.head = None if config.tied else nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
+        self.head: Weight | None = None
+        if not config.tied:
+            self.head = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
         self.adapt(levels, config.dim, config.adaptive_blocks)
 
     @classmethod
@@ -165,6 +168,13 @@ class HopeAttention(LeveledModel):
     def to_config(self) -> dict[str, Any]:
         """The mapping `from_config` reads."""
         return config_of(self.config)
+
+    def quantize(self) -> None:
+        """Let everything frozen be int8: the matrices of attention, static MLPs, embedding and head. For serving."""
+        for _, block in self._attention():
+            quantize(block.memory, "w_in", "w_out")
+            quantize(cast(GatedMLP, block.cms.static), "w_in", "w_out")
+        quantize(self, "embed", *(["head"] if self.head is not None else []))
 
     def enter(self, token_ids: torch.Tensor) -> torch.Tensor:
         """See `LeveledModel.enter`."""

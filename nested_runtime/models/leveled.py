@@ -16,6 +16,7 @@ from torch import nn
 from nested_runtime.core import Batch, KVRows
 from nested_runtime.errors import StateError
 from nested_runtime.memory.cms import ContinuumMemory
+from nested_runtime.memory.frozen import Weight
 from nested_runtime.memory.level import Change, Level
 from nested_runtime.models.adaptation import Adaptation, Part, Stepped, select
 from nested_runtime.models.base import LanguageModel, Pool
@@ -57,7 +58,7 @@ class LeveledBlock(nn.Module, ABC):
 class LeveledModel(LanguageModel):
     """A family made of `blocks`. A subclass calls `adapt` when they are there."""
 
-    embed: nn.Parameter
+    embed: Weight
     blocks: nn.ModuleList
     adaptation: Adaptation | None = None
     first_adaptive: int

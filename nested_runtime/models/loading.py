@@ -97,8 +97,11 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a folder or a shipped checkpoint. CheckpointError names the file and what is wrong with it."""
+def load(name: str, dtype: torch.dtype = torch.float32, *, int8: bool = False) -> LoadedModel:
+    """Load a folder or a shipped checkpoint; `int8` quantises the frozen weights, which changes the fingerprint.
+
+    CheckpointError names the file and what is wrong with it.
+    """
     folder = resolve(name)
     config = _read_config(folder)
     fields = {k: v for k, v in config.items() if k not in ("family", "name")}
@@ -113,7 +116,11 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
             f"{folder}: tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}"
         )
     model = model.to(dtype).eval().requires_grad_(False)
-    return LoadedModel(str(config.get("name", folder.name)), model, tokenizer, config, _fingerprint(folder), folder)
+    fingerprint = _fingerprint(folder)
+    if int8:
+        model.quantize()
+        fingerprint = hashlib.sha256(f"int8 {fingerprint}".encode()).hexdigest()[:32]
+    return LoadedModel(str(config.get("name", folder.name)), model, tokenizer, config, fingerprint, folder)
 
 
 def save_model(

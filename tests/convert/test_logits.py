@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from nested_runtime.convert.levels import Stack
 from nested_runtime.core import SamplingParams, Sequence
 from nested_runtime.engine.engine import Engine
 from nested_runtime.engine.runner import Span
+from nested_runtime.models import loading
 
 from .conftest import CASES
 
@@ -54,6 +56,24 @@ def test_levels_move_the_logits_and_token_by_token_is_still_prefill(
         found = ours.model.logits(ours.model.scan(tokens, None, 0)[0])
     assert float((found[:, :8] - expected[:, :8]).abs().max()) <= 1e-4
     assert float((found[:, 8:] - expected[:, 8:]).abs().max()) > 1e-2
+    steps = stepwise(ours.model, tokens)
+    assert float((steps - found).abs().max()) <= 1e-4 * float(found.abs().max())
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen2-yarn", "gemma3"])
+def test_int8_weights_are_near_and_token_by_token_is_still_prefill(
+    case: str, converted: Callable[..., Any], tmp_path: Path
+) -> None:
+    theirs, plain = converted(case, Stack((8,), rank=4, rate=0.02))
+    ours = loading.load(str(tmp_path / case), int8=True)
+    assert ours.fingerprint != plain.fingerprint
+    assert not any("w_in" in name and "q" not in name for name, _ in ours.model.named_parameters())
+    tokens = tokens_of(case)
+    with torch.no_grad():
+        expected = theirs(tokens).logits[:, :8]
+        found = ours.model.logits(ours.model.scan(tokens, None, 0)[0])
+    error = (found[:, :8] - expected).square().mean().sqrt() / expected.std()
+    assert 1e-5 < float(error) < 0.05
     steps = stepwise(ours.model, tokens)
     assert float((steps - found).abs().max()) <= 1e-4 * float(found.abs().max())
 

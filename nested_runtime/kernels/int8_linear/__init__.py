@@ -1,0 +1,1 @@
+"""Products with int8 weights and float activations."""
