@@ -105,6 +105,7 @@ class Batch:
     slots       [B] int32     pool slot of each sequence; 0 = padding (its results are ignored, its state stays zero)
     positions   [B] int64     session tokens absorbed before this step (chunk offset = positions % C)
     kv                        where growing state tensors lie; None where the model has none
+    longest                   tokens of the longest sequence where the host knows it: 1 = a decode step
     """
 
     token_ids: torch.Tensor
@@ -112,6 +113,7 @@ class Batch:
     slots: torch.Tensor
     positions: torch.Tensor
     kv: KVRows | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Runner:
             slots=self._fill(self._slots, [span.slot for span in spans]),
             positions=self._fill(self._positions, [span.position for span in spans]),
             kv=self.pool.extend([span.slot for span in spans], [len(span.tokens) for span in spans]),
+            longest=max((len(span.tokens) for span in spans), default=0),
         )
 
     def _fill(self, buffer: torch.Tensor, values: list[int]) -> torch.Tensor:

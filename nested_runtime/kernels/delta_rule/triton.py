@@ -12,11 +12,13 @@ import torch
 
 from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.layout import ETA_MAX, NORM_EPS, RuleOptions
-from nested_runtime.kernels.delta_rule.triton_decode import decode
+from nested_runtime.kernels.delta_rule.triton_decode import decode, fold
 from nested_runtime.kernels.delta_rule.triton_prefill import prefill
 from nested_runtime.kernels.triton_math import precision, tile, warps
 
 __all__ = ["packed_scan"]
+
+SIDE = 32  # rows of the state in a product: more needs more registers than there are
 
 
 def packed_scan(
@@ -39,17 +41,16 @@ def packed_scan(
     state = [pool[name] for name in names]
     where = (batch.slots, batch.positions, batch.cu_seqlens)
     strides = [tensor.stride(0) for tensor in state]
-    sizes = {"H": heads, "K": dim, "KP": tile(dim), "C": chunk, "CP": tile(chunk)}
+    sizes = {"H": heads, "K": dim, "C": chunk, "CP": tile(chunk)}
     choices = {"TOKEN": options.read == "token", "WHOLE": options.retain == "zero", "ETA_MAX": ETA_MAX, "EPS": NORM_EPS}
-    grid, sequences = (len(batch.slots), heads), len(batch.slots)
-    few = mixed.shape[0] <= sequences  # decode steps, and no kernel launched in vain for them
-    decode[grid](
-        *tensors, *state, *where, out, *strides, **sizes, **choices, ALL=few, num_warps=warps(dim)
-    )  # fmt: skip
-    if not few:
-        scratch = torch.empty(sequences, heads, 2, tile(chunk), dim, dtype=mixed.dtype, device=mixed.device)
+    grid, whole, prec = (len(batch.slots), heads), choices["WHOLE"], precision()
+    side, wide = min(tile(dim), SIDE), tile(dim)
+    decode[grid](*tensors, *state, *where, out, *strides, **sizes, **choices, KP=wide, num_warps=warps(dim))
+    fold[grid](tensors[2], *state, *where, *strides, **sizes, KP=wide, BR=side, WHOLE=whole, PREC=prec, num_stages=1)
+    if batch.longest != 1:
+        scratch = torch.empty(*grid, tile(chunk) * (3 * dim + 2 * tile(chunk)), dtype=mixed.dtype, device=mixed.device)
         prefill[grid](
-            *tensors, *state, *where, out, scratch, *strides, **sizes, **choices, BR=min(tile(dim), 64),
-            PREC=precision(mixed.device), num_warps=4 if tile(dim) < 128 else 8, num_stages=1,
+            *tensors, *state, *where, out, scratch, *strides, dim, **sizes, **choices, BR=side if wide < 128 else 16, BC=16, PREC=prec,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
     return out

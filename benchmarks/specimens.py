@@ -1,0 +1,46 @@
+"""Launches of every Triton kernel at the shapes that are served, on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from nested_runtime.core import Batch
+from nested_runtime.kernels.delta_rule.layout import RuleOptions
+from nested_runtime.kernels.delta_rule.triton import packed_scan
+from nested_runtime.kernels.short_conv.triton import packed_conv
+
+__all__ = ["SPECIMENS"]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def batch(sequences: int, tokens: int) -> Batch:
+    ids, positions = (empty(n, dtype=torch.int64) for n in (tokens, sequences))
+    bounds, slots = (empty(n, dtype=torch.int32) for n in (sequences + 1, sequences))
+    return Batch(ids, bounds, slots, positions, longest=tokens // sequences)
+
+
+def delta_rule(dim: int, tokens: int, read: str = "token", retain: str = "start") -> None:
+    h, c, r = 16, 32, 3 * dim + 2
+    pool = {"anchor": empty(65, h, r, dim), "tail_k": empty(65, h, c, dim), "tail_d": empty(65, h, c, r),
+            "tail_g": empty(65, h, c)}  # fmt: skip
+    inputs = empty(tokens, 3, h, dim), empty(tokens, 2, h), empty(h, r, dim), empty(h, 4)
+    packed_scan(*inputs, pool, batch(64, tokens), RuleOptions(c, read, retain))
+
+
+def short_conv() -> None:
+    packed_conv(empty(512, 3072), empty(65, 3, 3072), empty(4, 3072), batch(64, 512))
+
+
+SPECIMENS: dict[str, Callable[[], None]] = {
+    "delta_rule decode 64": partial(delta_rule, 64, 64),
+    "delta_rule decode 128": partial(delta_rule, 128, 64),
+    "delta_rule prefill 64": partial(delta_rule, 64, 512),
+    "delta_rule prefill 128": partial(delta_rule, 128, 512),
+    "short_conv": short_conv,
+}
