@@ -6,8 +6,8 @@ alpha; then every row r of the state gives, from the same tile (equations in `se
     d_r = eta (rate_r (M_r u [+ v_r]) - g_{t-1} X_r k - sum_j (g_{t-1} / g_j) (k_j.k) d_j,r)
     o_r = g_t X_r q + B_r q + sum_{j<=t} (g_t / g_j) (k_j.q) d_j,r          rows of the main memory only
 
-in float32, on no matrix unit. The C-th token of a chunk fills the tail; `fold`, a kernel of its own so that this one needs
-few registers, then closes the chunk.
+in float32, on no matrix unit. The C-th token of a chunk fills the tail; `fold`, a kernel of its own so that this one
+needs few registers, then closes the chunk.
 """
 
 from __future__ import annotations
