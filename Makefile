@@ -76,7 +76,7 @@ pytest: venv redis
 .PHONY: test-faults
 test-faults: venv redis ## kill, cut, pause and feed it garbage (NESTED_FAULT_POINTS=100)
 	@NESTED_FAULT_POINTS=$${NESTED_FAULT_POINTS:-100} OMP_NUM_THREADS=1 \
-		$(BIN)/pytest tests/faults -n $(WORKERS) -m "not soak and not replicas" --durations=10 -rP $(ARGS)
+		$(BIN)/pytest tests/faults -n $(WORKERS) -m "not soak and not replicas and not ray" --durations=10 -rP $(ARGS)
 
 .PHONY: test-replicas
 test-replicas: venv redis ## replicas over Redis behind HAProxy: killed, restarted, moved (needs haproxy)
@@ -84,6 +84,20 @@ test-replicas: venv redis ## replicas over Redis behind HAProxy: killed, restart
 		echo "WARNING: no haproxy (Debian: apt-get install haproxy): its tests will be skipped" >&2
 	@NESTED_FAULT_POINTS=$${NESTED_FAULT_POINTS:-100} OMP_NUM_THREADS=1 \
 		$(BIN)/pytest tests/faults -n 0 -m replicas --durations=10 -rP $(ARGS)
+
+# Ray Serve brings half a gigabyte, so it has an environment of its own; where it cannot be installed its tests are skipped.
+RAY := .venv-ray
+$(RAY)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing Ray Serve into $(RAY) (1.5 GB with torch, a few minutes)"
+	@$(BIN)/python -m venv $(RAY) && \
+		$(RAY)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -e '.[serve,ray]' pytest pytest-timeout && \
+		touch $@ || echo "WARNING: Ray Serve could not be installed; its tests will be skipped" >&2
+
+.PHONY: test-ray
+test-ray: venv redis $(RAY)/.installed ## replicas under Ray Serve: one killed in the middle
+	@python=$(RAY)/bin/python; test -e $(RAY)/.installed || python=$(BIN)/python; \
+		NESTED_FAULT_POINTS=$${NESTED_FAULT_POINTS:-100} OMP_NUM_THREADS=1 \
+		$$python -m pytest tests/faults/replicas -m ray -o filterwarnings=default --durations=5 -rP $(ARGS)
 
 .PHONY: soak
 soak: venv redis ## mixed load for NESTED_SOAK_SECONDS (600) on SQLite and on Redis
@@ -208,5 +222,5 @@ docs: venv ## check that README and docs name only what exists
 
 .PHONY: clean
 clean: ## remove the environment and every cache
-	rm -rf $(VENV) $(COMPAT) $(VLLM) $(WEB) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
+	rm -rf $(VENV) $(COMPAT) $(VLLM) $(WEB) $(RAY) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ import uvicorn
 
 from nested_runtime.errors import ConfigError, NestedError
 
-from . import logs
+from . import logs, on_ray
 from .app import create_app, running
 from .assembly import assemble
 from .deps import Service
@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop. Exit status 2 = bad options, model or store."""
     try:
         settings = parse(argv)
+        if settings.ray_replicas:
+            on_ray.serve(settings, lambda: _announce_replicas(settings))
+            return 0
         with logs.configured(settings.log_format):
             service = assemble(settings)
             asyncio.run(_serve(settings, service))
@@ -96,6 +99,11 @@ def _announce(settings: Settings, service: Service, listener: socket.socket) -> 
         print("nested-serve: no API keys: whoever can connect can use every session", file=sys.stderr)
     names = ", ".join(service.runtime.models)
     print(f"nested-serve: {names} on {where}, sessions in {service.shown_store}", file=sys.stderr, flush=True)
+
+
+def _announce_replicas(settings: Settings) -> None:
+    where = f"http://{settings.host}:{settings.port}"
+    print(f"nested-serve: {settings.ray_replicas} replicas on {where}, under Ray Serve", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

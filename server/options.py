@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--store", metavar="URL", help="memory: | sqlite:///path | redis://host:port/0 (default: SQLite in --data-dir)")
     add("--data-dir", type=Path, metavar="DIR", help="where the default store lies (default ~/.nested)")
     add("--backend", choices=("native", "vllm"), help="what runs the models (default native)")
+    add("--ray-replicas", type=int, metavar="N", help="N of these servers under Ray Serve (extra: ray; needs Redis)")
     add("--host", help="address to listen on (default 127.0.0.1)")
     add("--port", type=int, help="port, 0 = any free one (default 8000)")
     add("--uds", metavar="PATH", help="listen on a Unix socket instead")

@@ -26,6 +26,7 @@ class Settings:
     requests_in_flight  of one tenant at a time; more are 429
     web             whether the web page is served at /
     backend         what runs the models: "native" or "vllm"
+    ray_replicas    processes under Ray Serve; 0 = this one alone
     sweep_seconds   between two looks at expired sessions, and at sessions that another server deleted
     """
 
@@ -55,6 +56,7 @@ class Settings:
     sweep_seconds: float = 60.0
     web: bool = True
     backend: str = "native"
+    ray_replicas: int = 0
     engine: EngineConfig = field(default_factory=EngineConfig)
     sessions: SessionConfig = field(default_factory=SessionConfig)
     limits: Limits = field(default_factory=Limits)
@@ -67,6 +69,8 @@ class Settings:
         for name in ("max_body_bytes", "requests_in_flight", "sweep_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give a number over 0")
+        if self.ray_replicas < 0:
+            raise ConfigError(f"ray_replicas is {self.ray_replicas}; give how many, or 0 for none")
         if self.session_ttl is not None and not self.session_ttl >= self.sessions.lease_seconds:
             raise ConfigError(
                 f"session_ttl is {self.session_ttl:g}, under lease_seconds {self.sessions.lease_seconds:g}: a session "

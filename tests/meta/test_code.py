@@ -115,7 +115,7 @@ def test_the_check_lets_pass(code: str) -> None:
     assert not dangers(ast.parse(code))
 
 
-OPTIONAL = {"transformers", "triton", "vllm"}  # imports of these may be absent; all others must be there
+OPTIONAL = {"ray", "transformers", "triton", "vllm"}  # imports of these may be absent; all others must be there
 
 
 @shipped

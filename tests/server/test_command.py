@@ -44,6 +44,11 @@ def copy(folder: Path, to: Path) -> Path:
         (("--host", "0.0.0.0"), "--insecure"),
         (("--api-key-file", "/nothing"), "/nothing"),
         (("--ssl-keyfile", "x"), "--ssl-certfile"),
+        (("--ray-replicas", "-1"), "-1"),
+        (("--ray-replicas", "2"), "redis://..., not memory:"),
+        (("--ray-replicas", "2", "--store", "redis://h", "--uds", "/s"), "--uds"),
+        (("--ray-replicas", "2", "--store", "redis://h", "--port", "0"), "--port 0"),
+        (("--ray-replicas", "2", "--store", "redis://h", "--admin-key-file", "f"), "one more nested-serve"),
     ],
 )
 def test_bad_options(

@@ -9,19 +9,15 @@ import socket
 import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load
 
-CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
+CONFIG = Path(__file__).parents[3] / "deploy" / "haproxy.cfg"
 LEASE = 2.0
 pytestmark = [pytest.mark.redis, pytest.mark.replicas, pytest.mark.timeout(1200)]
 
@@ -118,91 +114,20 @@ def cluster(serve: Any, redis: Any, tmp_path: Path) -> Iterator[Callable[..., Cl
         process.wait()
 
 
-@dataclass
-class Traffic:
-    """Sessions that each say their messages in order, many at a time, and what came back."""
-
-    cluster: Cluster
-    turn: Callable[..., httpx.Response]
-    with_keys: bool
-    replies: dict[str, list[str]] = field(default_factory=dict)
-    statuses: Counter[str] = field(default_factory=Counter)
-    done: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self, sessions: list[str], length: int, threads: int = 12) -> None:
-        with ThreadPoolExecutor(threads) as pool:
-            for future in [pool.submit(self._session, name, length) for name in sessions]:
-                future.result()
-
-    def _session(self, name: str, length: int) -> None:
-        with self.cluster.client() as http:
-            for number in range(len(self.replies.setdefault(name, [])), length):
-                reply = self._once(http, name, number)
-                body = reply.json()
-                assert body["session"]["version"] == number + 1, (name, number, body)
-                self.replies[name].append(body["choices"][0]["message"]["content"])
-                with self._lock:
-                    self.done += 1
-                    self.statuses["replayed" if "idempotent-replay" in reply.headers else "answered"] += 1
-
-    def _once(self, http: httpx.Client, name: str, number: int) -> httpx.Response:
-        """The turn's answer; with a key it is asked for again until it comes, without one the first try must do."""
-        headers = {"Idempotency-Key": f"{name}-{number}"} if self.with_keys else {}
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                reply = self.turn(http, said(name, number), name, headers=headers)
-                if reply.status_code == 200:
-                    return reply
-                problem = f"status {reply.status_code}: {reply.text[:300]}"
-            except httpx.TransportError as error:
-                problem = repr(error)
-            assert self.with_keys, f"{name}, turn {number}: {problem}"
-            assert time.monotonic() < deadline, f"{name}, turn {number}: {problem}"
-            with self._lock:
-                self.statuses["tried again: " + problem[:11]] += 1
-            time.sleep(0.1)
-
-
-def said(name: str, number: int) -> str:
-    return f"{name} fact {number} is {number * 7919 % 1000}"
-
-
-@pytest.fixture
-def equal_alone(serve: Any, turn: Any) -> Callable[[Traffic], None]:
-    """Every transcript is that of one undisturbed server, and so is every memory, but for rounding.
-
-    Sums of a batch are rounded otherwise than those of one sequence alone, so digests may differ here.
-    """
-
-    def check(traffic: Traffic) -> None:
-        with serve("memory:").client() as quiet, traffic.cluster.client() as http:
-            for name, texts in traffic.replies.items():
-                for number, text in enumerate(texts):
-                    assert turn(quiet, said(name, number), name).json()["choices"][0]["message"]["content"] == text
-                expected, found = memory(quiet, name), memory(http, name)
-                assert expected.keys() == found.keys()
-                for tensor, values in expected.items():
-                    torch.testing.assert_close(found[tensor], values, rtol=1e-3, atol=1e-4)
-
-    return check
-
-
-def memory(http: httpx.Client, session: str) -> dict[str, torch.Tensor]:
-    blob = http.get(f"/v1/sessions/{session}/export")
-    assert blob.status_code == 200
-    return load(blob.content)
-
-
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_replica_is_killed_and_restarted(
-    cluster: Any, turn: Any, settled: Any, equal_alone: Any, healthy: Any, scaled: Callable[[int], int], count: int
+    cluster: Any,
+    traffic_on: Any,
+    settled: Any,
+    equal_alone: Any,
+    healthy: Any,
+    scaled: Callable[[int], int],
+    count: int,
 ) -> None:
     """500 turns over 50 sessions; SIGKILL in the middle of turns: nothing lost, nothing doubled."""
     made = cluster(count)
     sessions, length = [f"user-{n}" for n in range(max(6, scaled(50)))], max(4, scaled(10))
-    whole, traffic = len(sessions) * length, Traffic(made, turn, with_keys=True)
+    whole, traffic = len(sessions) * length, traffic_on(made.client, with_keys=True)
     running = threading.Thread(target=traffic.run, args=(sessions, length))
     running.start()
     victim = made.replicas[0]
@@ -228,12 +153,12 @@ def test_a_replica_is_killed_and_restarted(
 
 
 def test_a_rolling_restart_loses_no_request(
-    cluster: Any, turn: Any, equal_alone: Any, healthy: Any, scaled: Callable[[int], int]
+    cluster: Any, traffic_on: Any, equal_alone: Any, healthy: Any, scaled: Callable[[int], int]
 ) -> None:
     """Each replica in turn gets SIGTERM under load: every request is answered at the first try, without any key."""
     made = cluster(2)
     sessions, length = [f"user-{n}" for n in range(max(6, scaled(30)))], max(6, scaled(20))
-    traffic = Traffic(made, turn, with_keys=False)
+    traffic = traffic_on(made.client, with_keys=False)
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -271,7 +196,7 @@ def test_a_session_stays_where_its_memory_is(cluster: Any, turn: Any) -> None:
                 given: dict[str, Any] = {"session_id": name}
                 if number != 1:
                     given = {"headers": {"X-Session-ID": name.encode()}}
-                assert turn(http, said("user", number), **given).status_code == 200
+                assert turn(http, f"fact {number}", **given).status_code == 200
         for name in names:
             path = name.replace("/", "%2F").replace(" ", "%20")
             assert http.post(f"/v1/sessions/{path}/learn", json={"model": "tiny", "text": "more"}).status_code == 200
