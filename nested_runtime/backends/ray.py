@@ -12,9 +12,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-# Ray reads these when it is imported. Its own 5 seconds are too short for a loaded machine: the proxy never gets ready.
+# Ray reads these when it is imported. Its own limits (5 and 30 s) are too short for a loaded machine.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "90")
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "90")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
