@@ -27,13 +27,13 @@ from nested_runtime.backends.native import EventQueue, TokenStream
 from nested_runtime.backends.vllm import plugin
 from nested_runtime.backends.vllm.mailbox import Mailbox
 from nested_runtime.backends.vllm.params import MAX_LOGPROBS, to_logprobs, to_vllm
+from nested_runtime.backends.vllm.supported import supported
 from nested_runtime.core import FinishReason, SamplingParams, Sequence, TokenEvent, TurnResult
-from nested_runtime.engine.runner import state_specs
-from nested_runtime.errors import ConfigError, ContextOverflow, NestedError, Overloaded, RequestError
+from nested_runtime.errors import ContextOverflow, NestedError, Overloaded, RequestError
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.sampling import validate
 from nested_runtime.state.pool import check_state
-from nested_runtime.state.spec import TensorSpec, total_bytes
+from nested_runtime.state.spec import total_bytes
 
 __all__ = ["VllmBackend", "VllmOptions"]
 
@@ -83,7 +83,7 @@ class VllmBackend:
     ) -> None:
         self.model_id = model_id
         self.fingerprint = fingerprint
-        self.specs = _supported(model)
+        self.specs = supported(model, model_id)
         self.max_context = options.max_context
         self._folder, self._options = folder, options
         self._vocab_size, self._end_tokens = model.vocab_size, tuple(end_tokens)
@@ -315,18 +315,6 @@ class VllmBackend:
             raise NestedError(f"vLLM read {position} session tokens where {read} were due; nothing was learned")
         state = {spec.name: state[spec.name] for spec in self.specs}  # the codec writes in this order
         return replace(part, event=replace(part.event, result=TurnResult(state, position, part.token)))
-
-
-def _supported(model: LanguageModel) -> tuple[TensorSpec, ...]:
-    """The state of a model vLLM can serve: memories of fixed size that change by reading alone."""
-    specs = state_specs(model)
-    if model.update_chunk or any(spec.grows for spec in specs) or not specs:
-        raise ConfigError(
-            "--backend vllm serves models whose memories have a fixed size and no adaptive levels; "
-            f"{type(model).__name__} has update_chunk {model.update_chunk} and {len(specs)} state tensors: "
-            "use --backend native"
-        )
-    return specs
 
 
 def _parts(sequence_id: str, params: SamplingParams, output: Any, *, shift: int, first: bool) -> list[_Part]:
