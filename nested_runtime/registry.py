@@ -47,15 +47,20 @@ class Registry:
 RULES = Registry(
     "update rule",
     {
+        "gated-delta": "nested_runtime.memory.gated_delta:GatedDelta",
         "self-modifying": "nested_runtime.memory.self_modifying:SelfModifying",
         "sliding-attention": "nested_runtime.memory.attention:SlidingAttention",
+        "titans": "nested_runtime.memory.titans:Titans",
+        "varied-self-modifying": "nested_runtime.memory.varied:VariedSelfModifying",
     },
 )
 FAMILIES = Registry(
     "model family",
     {
+        "delta": "nested_runtime.models.linear:DeltaModel",
         "hope": "nested_runtime.models.hope:Hope",
         "hope-attention": "nested_runtime.models.hope_attention:HopeAttention",
+        "titans": "nested_runtime.models.linear:TitansModel",
         "transformer": "nested_runtime.models.transformer:Transformer",
     },
 )

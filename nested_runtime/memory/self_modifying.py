@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, rms_norm, silu
 
 from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.chunk import chunk_scan
@@ -18,65 +17,30 @@ from nested_runtime.kernels.delta_rule.layout import RuleOptions, rows
 from nested_runtime.kernels.delta_rule.segment import DeltaState, live, segment
 from nested_runtime.kernels.dispatch import packed_kernels
 from nested_runtime.kernels.short_conv.differentiable import short_conv
-from nested_runtime.memory.base import State, UpdateRule
+from nested_runtime.memory.base import State
+from nested_runtime.memory.streams import ALPHA_BIAS, GatedStreams
 from nested_runtime.state.spec import TensorSpec
 
-__all__ = ["SelfModifying"]
+__all__ = ["ETA_BIAS", "SELF_RATE", "SelfModifying"]
 
 SELF_RATE = 0.1  # r of the k, v, eta, alpha rows at the start, relative to the main memory's 1
-ETA_BIAS = 1.0  # eta starts near alpha/2 * sigmoid(1) = 0.37
-OUT_SCALE = 0.2  # of the residual stream that one layer's read makes up at the start
-ALPHA_BIAS = (5.0, 10.0)  # spread over heads: half-lives from about 100 to 15,000 tokens (MODEL.md section 7)
+ETA_BIAS = (1.0, 1.0)  # eta starts near alpha/2 * sigmoid(1) = 0.37
 
 
-class SelfModifying(UpdateRule):
-    """One layer of H heads of dimension K on a D-wide stream.
+class SelfModifying(GatedStreams):
+    """One layer of H heads of dimension K on a D-wide stream; the gates are eta and alpha.
 
-    Parameters: `w_in` [3HK + HK + 2H, D] (x^q, x^k, x^v, output gate, eta and alpha logits), `conv` [W, 3HK],
-    `base` B [H, R, K], `rates` r of the four self-modifying memories [H, 4], `norm` [K], `w_out` [D, HK].
+    Parameters beside those of `GatedStreams`: `base` B [H, R, K], `rates` r of the four self-modifying memories [H, 4].
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int, options: RuleOptions, conv_width: int = 4) -> None:
-        super().__init__()
-        self.heads, self.head_dim, self.options, self.conv_width = heads, head_dim, options, conv_width
-        inner = heads * head_dim
-        self.w_in = nn.Parameter(torch.randn(4 * inner + 2 * heads, dim) * dim**-0.5)
-        self.gate_bias = nn.Parameter(torch.zeros(2, heads))
-        self.conv = nn.Parameter(torch.randn(conv_width, 3 * inner) * 0.05)
-        self.base = nn.Parameter(torch.zeros(heads, 3 * head_dim + 2, head_dim))
-        self.rates = nn.Parameter(torch.full((heads, 4), SELF_RATE))
-        self.norm = nn.Parameter(torch.ones(head_dim))
-        self.w_out = nn.Parameter(torch.zeros(dim, inner))
-        self._initialise()
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Start as an induction layer: x^k is x^q shifted by a token or two, and w_out undoes the value projection.
-
-        A query then finds the tokens that followed its like, so copying is there from the first step and training only
-        has to shape it; from a random start the same model had not begun to copy after 3.6M tokens (docs/log.md).
-        """
-        inner = self.heads * self.head_dim
+        super().__init__(dim, heads, head_dim, conv_width, (ETA_BIAS, ALPHA_BIAS))
+        self.options = options
+        base = torch.zeros(heads, 3 * head_dim + 2, head_dim)
         for name in ("k", "v"):
-            self.base[:, rows(self.head_dim)[name]] += torch.eye(self.head_dim)
-        q, k, v, gate = (self.w_in[i * inner : (i + 1) * inner] for i in range(4))
-        nn.init.orthogonal_(v)
-        k.copy_(q)
-        gate *= 0.5
-        self.w_out.copy_(v.t() * OUT_SCALE)
-        self.w_in[4 * inner :] *= 0.1
-        self.conv[-1] += 1.0
-        taps = self.conv.view(self.conv_width, 3, self.heads, self.head_dim)
-        for head in range(self.heads if self.conv_width > 2 else 0):
-            if head % 4 == 3:
-                continue
-            taps[-1, 1, head] -= 1.0
-            taps[-2, 1, head] += 1.0
-            if head % 4 == 1:
-                taps[-2, 0, head] += 0.5
-                taps[-3, 1, head] += 0.5
-        self.gate_bias[0] = ETA_BIAS
-        self.gate_bias[1] = torch.linspace(*ALPHA_BIAS, self.heads)
+            base[:, rows(head_dim)[name]] += torch.eye(head_dim)
+        self.base = nn.Parameter(base)
+        self.rates = nn.Parameter(torch.full((heads, 4), SELF_RATE))
 
     def state(self) -> tuple[TensorSpec, ...]:
         """Anchor, unfinished tail in factors, convolution window."""
@@ -102,18 +66,6 @@ class SelfModifying(UpdateRule):
         r_k, r_eta, r_alpha, r_v = self.rates.unbind(1)
         parts = [r_k[:, None].expand(-1, k), r_eta[:, None], r_alpha[:, None], r_v[:, None].expand(-1, k)]
         return torch.cat([*parts, torch.ones_like(parts[0])], dim=1)
-
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [.., D] -> streams before the convolution [.., 3HK], output gate [.., HK], gate logits [.., 2, H]."""
-        inner = self.heads * self.head_dim
-        projected = linear(x, self.w_in)
-        streams, gate, logits = torch.split(projected, [3 * inner, inner, 2 * self.heads], dim=-1)
-        return streams, gate, logits.to(self.gate_bias.dtype).view(*x.shape[:-1], 2, self.heads) + self.gate_bias
-
-    def finish(self, read: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """Per-head RMS norm of the read [.., H, K], gated, projected back to [.., D]."""
-        normed = rms_norm(read, (self.head_dim,), self.norm.to(read.dtype), eps=1e-6).flatten(-2).to(gate.dtype)
-        return linear(normed * silu(gate), self.w_out)
 
     def scan(self, x: torch.Tensor, state: State, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `UpdateRule.scan`. Whole chunks take the chunk form, the ends the segment form."""

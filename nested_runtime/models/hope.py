@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
+from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.self_modifying import SelfModifying
+from nested_runtime.memory.varied import VariedSelfModifying
 from nested_runtime.models.adaptation import LevelFields, config_of
 from nested_runtime.models.blocks import BlockModel
 from nested_runtime.models.config import from_fields
@@ -17,7 +19,11 @@ __all__ = ["Hope", "HopeConfig"]
 
 @dataclass(frozen=True)
 class HopeConfig(LevelFields):
-    """Shape of a HOPE model. `mlp_ratio` is the width of the static level of every block in units of `dim`."""
+    """Shape of a HOPE model.
+
+    `mlp_ratio` is the width of the static level of every block in units of `dim`; `changes` are those of the rule that
+    `memory/varied.py` names (for ablations: they have no compiled kernel).
+    """
 
     vocab_size: int
     dim: int
@@ -29,6 +35,7 @@ class HopeConfig(LevelFields):
     mlp_ratio: int = 3
     read: str = "token"
     retain: str = "start"
+    changes: list[Any] = field(default_factory=list)
     max_context: int = 1 << 20
 
 
@@ -41,10 +48,12 @@ class Hope(BlockModel):
 
     def __init__(self, config: HopeConfig) -> None:
         options = RuleOptions(config.chunk, config.read, config.retain)
-        super().__init__(
-            config.vocab_size, config.dim, config.blocks, config.mlp_ratio, config.chunk,
-            lambda: SelfModifying(config.dim, config.heads, config.head_dim, options, config.conv_width), config,
-        )  # fmt: skip
+        shape = (config.dim, config.heads, config.head_dim, options, config.conv_width)
+
+        def rule() -> UpdateRule:
+            return VariedSelfModifying(*shape, config.changes) if config.changes else SelfModifying(*shape)
+
+        super().__init__(config.vocab_size, config.dim, config.blocks, config.mlp_ratio, config.chunk, rule, config)
         self.config, self.period = config, config.chunk
 
     @classmethod
@@ -53,5 +62,6 @@ class Hope(BlockModel):
         return cls(from_fields(HopeConfig, fields))
 
     def to_config(self) -> dict[str, Any]:
-        """The mapping `from_config` reads."""
-        return config_of(self.config)
+        """The mapping `from_config` reads; without `changes` where there are none."""
+        values = config_of(self.config)
+        return values if self.config.changes else {name: value for name, value in values.items() if name != "changes"}

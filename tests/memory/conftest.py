@@ -10,6 +10,7 @@ import torch
 
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.memory.base import UpdateRule
+from nested_runtime.memory.varied import CHANGES
 from nested_runtime.registry import RULES
 
 DIM = 8
@@ -18,6 +19,17 @@ DIM = 8
 def _variants() -> dict[str, tuple[str, Callable[[type[UpdateRule]], UpdateRule]]]:
     """id -> (registered name, maker). A rule that is registered must have a variant here: the contract is for all."""
     variants = {"sliding-attention": ("sliding-attention", lambda kind: kind(DIM, 2, 4, 5))}
+    for name in ("titans", "gated-delta"):
+        variants[name] = (name, lambda kind: kind(DIM, 2, 4, 3))
+    for change in CHANGES:
+        variants[f"varied-{change}"] = (
+            "varied-self-modifying",
+            lambda kind, change=change: kind(DIM, 2, 4, RuleOptions(4), 3, (change,)),
+        )
+    variants["varied-all"] = (
+        "varied-self-modifying",
+        lambda kind: kind(DIM, 2, 4, RuleOptions(4, "anchor"), 3, ("momentum", "no-decay", "fixed-k", "adaptive-q")),
+    )
     for read, retain in itertools.product(("token", "anchor"), ("start", "zero")):
         options = RuleOptions(4, read, retain)
         variants[f"self-modifying-{read}-{retain}"] = (

@@ -1,0 +1,1 @@
+"""A matrix memory with decay, momentum and erasing: the general linear recurrence of the delta-rule family."""
