@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nested_runtime.errors import ConfigError, NestedError
-from nested_runtime.evals import fluency, report
+from nested_runtime.evals import ablation, fluency, report
 from nested_runtime.evals.exam import Examiner, held_out_exchanges
 from nested_runtime.evals.in_process import InProcess
 from nested_runtime.evals.measures import MEASURES, Item, measure, plans
@@ -24,6 +24,7 @@ from nested_runtime.models.loading import load
 __all__ = ["main"]
 
 DEFAULT_MODEL = "hope-nano"
+STUDIES: dict[str, Any] = {"ablation": ablation}  # modules with WHAT, arguments(parser), run(args) -> table, JSON
 FLUENCY = "perplexity on held-out chats and prose, inside a window of 512 tokens and beyond it"
 
 
@@ -74,9 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         help="every question meets the memory as teaching left it; otherwise questions and answers enter it one by one",
     )
     parser = _Parser(prog="nested-eval", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*MEASURES, "fluency"]))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join([*MEASURES, *STUDIES, "fluency"]))
     for name, what in MEASURES.items():
         commands.add_parser(name, parents=[common, memory], help=what, description=what)
+    for name, study in STUDIES.items():
+        study.arguments(commands.add_parser(name, parents=[common], help=study.WHAT, description=study.WHAT))
     fluent = commands.add_parser("fluency", parents=[common], help=FLUENCY, description=FLUENCY)
     fluent.add_argument("--control", metavar="PATH|NAME", help="another checkpoint, on the same text")
     return parser
@@ -119,7 +122,9 @@ def _measure(args: argparse.Namespace, subject: Subject) -> tuple[str, dict[str,
 
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     started, now = time.monotonic(), datetime.now(UTC)
-    if args.command != "fluency":
+    if args.command in STUDIES:
+        text, body = STUDIES[args.command].run(args)
+    elif args.command in MEASURES:
         with _subject(args) as subject:
             text, body = _measure(args, subject)
     elif args.data is None or not args.data.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 from nested_runtime.evals.measures import Item
 from nested_runtime.evals.scoring import wilson
 
-__all__ = ["Row", "breakdown", "item_body", "rows", "table", "write"]
+__all__ = ["Row", "aligned", "breakdown", "item_body", "rows", "table", "write"]
 
 ASKED = {"recall": "", "update": ": corrected", "unknown": ": never told"}
 GROUPS: Mapping[str, Callable[[Item], str]] = {
@@ -82,7 +82,11 @@ SHARES = ("control_share", "says_unknown", "first_token", "first_token_control",
 
 def table(title: str, rows: Sequence[Row]) -> str:
     """The rows as aligned text."""
-    lines = [(title, *HEAD), *(_cells(row.body()) for row in rows)]
+    return aligned([(title, *HEAD), *(_cells(row.body()) for row in rows)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
