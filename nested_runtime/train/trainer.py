@@ -98,8 +98,8 @@ class Trainer:
         self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
         self.bf16 = config.bf16 if config.bf16 is not None else _has_bf16(self.device)
         self.model: LanguageModel = config.build().to(self.device)
-        self.lanes = Lanes(corpus, tokenizer, config.lanes, config.length, config.seed * 1000 + rank, config.mixture)
         self.corpus = corpus
+        self.lanes = self._train_lanes()
         self.optimizers = self._optimizers()
         self.step, self.state = 0, None
         self.per_step = config.lanes * config.length * world
@@ -121,6 +121,10 @@ class Trainer:
         mine = matrices[self.rank :: self.world]
         muon = Muon(mine, lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
         return [muon, torch.optim.AdamW(groups, lr=c.lr_other, betas=(0.9, 0.98), fused=True)]
+
+    def _train_lanes(self) -> Lanes:
+        c = self.config
+        return Lanes(self.corpus, self.tokenizer, c.lanes, c.length, c.seed * 1000 + self.rank, c.mixture)
 
     def _dev_lanes(self) -> Lanes:
         """The same dialogues at every evaluation, each from its start, so that no session lacks its facts."""
