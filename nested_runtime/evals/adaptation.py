@@ -80,7 +80,7 @@ def without_steps(loaded: LoadedModel) -> LanguageModel:
 
 
 def users(tokenizer: Tokenizer, count: int, sessions: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and loss weights [users, sessions, length + 1], the last token being the next session's first."""
+    """Tokens and loss weights [users, sessions, length + 1]; the last token is predicted, not read."""
     rendered = [_user(tokenizer, random.Random(f"{seed}:{i}"), sessions, length) for i in range(count)]
     tokens, weights = (np.stack(arrays) for arrays in zip(*rendered, strict=True))
     return tokens.astype(np.int64), weights

@@ -89,6 +89,7 @@ LEVELED: dict[str, dict[str, Any]] = {
     "sequential": {"levels": [FAST, SLOW], "adaptive_blocks": 2},
     "nested": {"levels": [{**FAST, "rank": 2}, {**SLOW, "rank": 2}], "cms": "nested"},
     "headwise": {"levels": [FAST, {**SLOW, "rank": 3}], "cms": "headwise"},
+    "varied": {"changes": ["momentum", "adaptive-q"], "levels": [FAST]},
     "stacked": {
         "levels": [{**FAST, "hidden": None, "rank": 2}, {**SLOW, "hidden": None}],
         "cms": "stacked",

@@ -23,7 +23,15 @@ from nested_runtime.state.pool import SlotPool
 from nested_runtime.state.snapshot import Binding, Snapshot
 
 BuildModel = Callable[[str, torch.dtype], LanguageModel]
-LEVELS = ["hope+sequential", "hope+nested", "hope+headwise", "transformer+sequential", "hope-attention+stacked"]
+LEVELS = [
+    "hope+sequential",
+    "hope+nested",
+    "hope+headwise",
+    "hope+varied",
+    "titans+sequential",
+    "transformer+sequential",
+    "hope-attention+stacked",
+]
 NAMES = ["counter", *FAMILIES, *LEVELS]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 EXAMPLES = settings(max_examples=60, deadline=None)
