@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nested_runtime.errors import ConfigError, NestedError
-from nested_runtime.evals import ablation, adaptation, fluency, report
+from nested_runtime.evals import ablation, adaptation, classify, fluency, formal, mad, niah, report
 from nested_runtime.evals.exam import Examiner, held_out_exchanges
 from nested_runtime.evals.in_process import InProcess
 from nested_runtime.evals.measures import MEASURES, Item, measure, plans
@@ -25,9 +25,9 @@ __all__ = ["main"]
 
 DEFAULT_MODEL = "hope-nano"
 STUDIES: dict[str, Any] = {
-    "ablation": ablation,
-    "adaptation": adaptation,
-}  # modules with WHAT, arguments(parser), run(args) -> table, JSON
+    "ablation": ablation, "adaptation": adaptation, "classify": classify, "niah": niah, "mad": mad.STUDY,
+    "formal": formal.STUDY,
+}  # fmt: skip  # modules with WHAT, arguments(parser), run(args) -> table, JSON
 FLUENCY = "perplexity on held-out chats and prose, inside a window of 512 tokens and beyond it"
 
 

@@ -22,7 +22,7 @@ from nested_runtime.train.messages import Weights
 from nested_runtime.train.trainer import TrainConfig, Trainer
 from nested_runtime.train.vocabulary import train_tokenizer
 
-__all__ = ["SHAPE", "SmallTrainer", "recall_session", "small_config"]
+__all__ = ["SHAPE", "NoCorpus", "SmallTrainer", "recall_session", "small_config", "tokenizer_of"]
 
 VOCAB, SPECIAL = 512, 5
 SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "dim": 64, "blocks": 2, "heads": 2, "head_dim": 32, "mlp_ratio": 2}
@@ -72,9 +72,9 @@ class NoCorpus(Corpus):
 
 
 @cache
-def _tokenizer() -> Tokenizer:
+def tokenizer_of(vocab_size: int) -> Tokenizer:
     """The trainer wants one; tokens are drawn without it."""
-    return train_tokenizer((), VOCAB, dialogues=40)
+    return train_tokenizer((), vocab_size, dialogues=40)
 
 
 def small_config(family: str, fields: dict[str, Any], tokens: int, seed: int) -> TrainConfig:
@@ -89,7 +89,7 @@ class SmallTrainer(Trainer):
     """A run that keeps nothing on disk."""
 
     def __init__(self, config: TrainConfig) -> None:
-        super().__init__(config, _tokenizer(), NoCorpus(), Path(), 0, 1)
+        super().__init__(config, tokenizer_of(VOCAB), NoCorpus(), Path(), 0, 1)
 
     def fit(self, eval_steps: int = 24) -> dict[str, float]:
         """Train to the end; loss and share of value tokens right on sessions drawn with another seed."""

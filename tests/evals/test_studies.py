@@ -92,7 +92,7 @@ def test_an_unknown_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture(scope="module")
 def leveled(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """A random HOPE with two levels whose steps are large enough to be seen."""
-    tokenizer: Tokenizer = small_setting._tokenizer()
+    tokenizer: Tokenizer = small_setting.tokenizer_of(512)
     torch.manual_seed(3)
     levels = [{"chunk": 16, "hidden": 8, "rate": 0.05}, {"chunk": 32, "hidden": 8, "rate": 0.05}]
     model = build("hope", {**small_setting.SHAPE, "dim": 16, "head_dim": 8, "chunk": 8, "levels": levels})
