@@ -23,9 +23,9 @@ from nested_runtime.evals.small_setting import SmallTrainer, small_config
 __all__ = ["ROWS", "WHAT", "arguments", "run"]
 
 WHAT = "train HOPE without its parts and the controls in a small setting, over several seeds"
-TOKENS = 240_000
+TOKENS = 130_000
 CHUNK = {"chunk": 16}
-CMS = {"levels": [{"chunk": 64, "hidden": 64, "rate": 0.02}, {"chunk": 128, "hidden": 64, "rate": 0.02}]}
+CMS = {"levels": [{"chunk": 64, "hidden": 64, "rate": 0.02}]}
 
 
 def _hope(*changes: str, levels: bool = True) -> tuple[str, dict[str, Any]]:

@@ -1,14 +1,16 @@
-"""The trainer's small setting: models of 0.1M parameters that learn associative recall over random tokens in a minute.
+"""The trainer's small setting: models of 0.1M parameters that learn associative recall in a minute of one core.
 
-It is `train.trainer.Trainer` on sessions of another kind: keys with values of two tokens, noise, a third of the keys
-told again with another value, then every key asked. A session holds several such rounds, and its memory is carried
-from segment to segment, so what was told in earlier rounds is in the way. Equal seeds give every model the same tokens
-in the same order. Dialogues instead, or as 20 % of the sessions, are not learned in so few tokens (docs/log.md).
+It is `train.trainer.Trainer` on sessions of another kind. A session has a vocabulary of its own, 48 of 507 tokens, and
+some rounds: keys with values of two tokens, noise, a third of the keys told again with another value, then every key
+asked. Memory is carried from segment to segment, so earlier rounds are in the way, and what a session's words are can
+be learned from it. Equal seeds give every model the same tokens in the same order. The generator's dialogues instead,
+or as 20 % of the sessions, are not learned in so few tokens (docs/log.md).
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,19 @@ from nested_runtime.train.messages import Weights
 from nested_runtime.train.trainer import TrainConfig, Trainer
 from nested_runtime.train.vocabulary import train_tokenizer
 
-__all__ = ["SHAPE", "NoCorpus", "SmallTrainer", "recall_session", "small_config", "tokenizer_of"]
+__all__ = ["SHAPE", "NoCorpus", "SmallTrainer", "recall_round", "small_config", "tokenizer_of"]
 
 VOCAB, SPECIAL = 512, 5
 SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "dim": 64, "blocks": 2, "heads": 2, "head_dim": 32, "mlp_ratio": 2}
 LANES, LENGTH = 8, 128
+WORDS = 48  # of a session
+SEGMENTS = (2, 4)  # of a session
 DEV_SEED = 777
 
 
-def recall_session(rng: random.Random) -> Session:
+def recall_round(rng: random.Random, words: Sequence[int]) -> Session:
     """One round: 4 to 10 keys, each with a value of two tokens; the tokens of asked values count."""
-    keys = rng.sample(range(SPECIAL, VOCAB), rng.randint(4, 10))
+    keys = rng.sample(words, rng.randint(4, 10))
     tokens: list[int] = []
     weights: list[float] = []
 
@@ -41,7 +45,7 @@ def recall_session(rng: random.Random) -> Session:
         weights.extend([weight] * len(words))
 
     def draw(count: int) -> list[int]:
-        return [rng.randrange(SPECIAL, VOCAB) for _ in range(count)]
+        return rng.choices(words, k=count)
 
     told: dict[int, list[int]] = {}
     for key in [*keys, *rng.sample(keys, len(keys) // 3)]:
@@ -55,13 +59,20 @@ def recall_session(rng: random.Random) -> Session:
 
 
 class RecallLanes(Lanes):
-    """Lanes whose sessions are rounds of recall."""
+    """Lanes whose sessions are rounds of recall: as many segments as drawn, filled and cut."""
 
-    def _draw(self) -> Session:
-        return recall_session(self.rng)
+    def _new(self) -> Session:
+        words = self.rng.sample(range(SPECIAL, VOCAB), WORDS)
+        size = self.rng.randint(*SEGMENTS) * self.length + 1
+        rounds: list[Session] = []
+        while sum(len(each.tokens) for each in rounds) < size:
+            rounds.append(recall_round(self.rng, words))
+        tokens, weights = (np.concatenate(arrays)[:size] for arrays in zip(*_arrays(rounds), strict=True))
+        return Session(tokens, weights)
 
-    def _text(self, chat: bool) -> Session:
-        return recall_session(self.rng)
+
+def _arrays(rounds: Sequence[Session]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(each.tokens, each.weights) for each in rounds]
 
 
 class NoCorpus(Corpus):
