@@ -129,6 +129,12 @@ class HubTokenizer(Tokenizer):
             text = self.template.render(messages, add_generation_prompt)
         return self._encode_rendered(text, messages)
 
+    def render_offsets(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """A whole conversation as the template writes it, and its tokens with the character where each ends."""
+        text = self.template.render(messages, False)
+        encoding = self._run(self._backend, text)
+        return text, [(i, end) for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+
     def _more(self, messages: Sequence[Mapping[str, str]], answer: bool) -> str:
         """Messages as they follow an exchange: without what a template writes at the start of a conversation."""
         try:

@@ -60,7 +60,7 @@ def _perplexity(losses: torch.Tensor) -> float | None:
 def streams(texts: Sequence[np.ndarray], length: int, *, packed: bool) -> np.ndarray:
     """Token streams [N, length]: of all texts one after the other, or of the beginning of every long enough text."""
     if packed:
-        joined = np.concatenate([*texts, np.empty(0, dtype=np.uint16)])
+        joined = np.concatenate([*texts, np.empty(0, dtype=np.uint32)])
         return joined[: len(joined) // length * length].reshape(-1, length).astype(np.int64)
     found = [text[:length] for text in texts if len(text) >= length]
     return np.stack(found).astype(np.int64) if found else np.empty((0, length), dtype=np.int64)

@@ -20,7 +20,7 @@ from nested_runtime.models.base import LanguageModel
 from nested_runtime.registry import FAMILIES
 from nested_runtime.tokenizer import Tokenizer
 
-__all__ = ["LoadedModel", "build", "load", "resolve", "save_model", "save_tensors"]
+__all__ = ["LoadedModel", "build", "load", "load_tokenizer", "resolve", "save_model", "save_tensors"]
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
@@ -87,6 +87,11 @@ def _read_weights(path: Path, model: LanguageModel) -> None:
     model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, ours or one of a Hugging Face checkpoint."""
+    return HubTokenizer.load(folder) if (folder / "chat.json").exists() else Tokenizer.load(folder)
+
+
 def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "chat.json"):
@@ -110,7 +115,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, *, int8: bool = False) -
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     _read_weights(folder / "model.safetensors", model)
-    tokenizer = HubTokenizer.load(folder) if (folder / "chat.json").exists() else Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"{folder}: tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}"

@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from nested_runtime.errors import ConfigError, NestedError
 from nested_runtime.models.config import from_fields
-from nested_runtime.models.loading import load
-from nested_runtime.tokenizer import Tokenizer
+from nested_runtime.models.loading import load, load_tokenizer
 from nested_runtime.train.data import Corpus, Mixture, texts
-from nested_runtime.train.start import check_start, start_from
+from nested_runtime.train.start import check_start, levels_of, start_from
 from nested_runtime.train.trainer import TrainConfig, Trainer, process_group
 from nested_runtime.train.vocabulary import train_tokenizer
 
@@ -30,7 +29,10 @@ __all__ = ["main"]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nested-train", description=__doc__)
     parser.add_argument(
-        "--config", required=True, type=Path, help="training config (JSON, see nested_runtime/train/configs)"
+        "--config",
+        type=Path,
+        help="training config (JSON, see nested_runtime/train/configs); with --from it may be left out: only the "
+        "levels of the model are trained then",
     )
     parser.add_argument(
         "--data", required=True, type=Path, help="folder of .jsonl[.zst] files with `text` or `messages`"
@@ -83,7 +85,7 @@ def _prepare(args: argparse.Namespace, config: TrainConfig) -> None:
 def _work(rank: int, args: argparse.Namespace, config: TrainConfig, port: int) -> None:
     torch.set_num_threads(1 if args.workers > 1 else max(1, torch.get_num_threads()))
     torch.set_flush_denormal(True)
-    tokenizer = Tokenizer.load(args.out)
+    tokenizer = load_tokenizer(args.out)
     corpus = Corpus(args.data, tokenizer)
     with process_group(rank, args.workers, port):
         trainer = Trainer(config, tokenizer, corpus, args.out, rank, args.workers)
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point; a bad config is one line on stderr and exit status 2."""
     args = _parser().parse_args(argv)
     try:
-        config = load_config(args.config)
+        config = levels_of(args.start) if args.config is None else load_config(args.config)
         if args.workers < 1:
             raise ConfigError(f"--workers must be at least 1, got {args.workers}")
         if args.tokens is not None:

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from nested_runtime.errors import ConfigError
+from nested_runtime.errors import ConfigError, RequestError
+from nested_runtime.hub_tokenizer import HubTokenizer
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.dense import echo_drill, pairs_drill
 from nested_runtime.train.dialogues import Dialogue, DialogueSpec, Weights, Writer, compose, copy_drill, stage
+from nested_runtime.train.templated import FIRST, templated
 
 __all__ = ["Corpus", "Lanes", "Mixture", "Session", "read_rows", "render_dialogue"]
 
@@ -33,7 +35,6 @@ SHORT = 192  # sessions below so many tokens get another part before the filler
 FAR_SHARE, FAR_TOKENS = 0.2, (64, 1500)  # dialogues with a stretch of chat inside (at the end), and its length
 FEW_SHARE, MANY_SHARE = 0.12, 0.15  # dialogues with one or two facts; with up to 22 (at the end)
 PAUSE = 0.12  # share of text among the questions that fill a session's last segment
-FIRST = 2.0  # the first token of a value decides which fact is meant: the others follow from it
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
 
@@ -101,7 +102,7 @@ class Corpus:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, *, held_out: bool = False) -> None:
         self.prose = [
-            np.array([*tokenizer.encode(d.text), tokenizer.end_id], dtype=np.uint16)
+            np.array([*tokenizer.encode(d.text), tokenizer.end_id], dtype=np.uint32)
             for d in documents(folder, PROSE_FILES)
             if d.held_out == held_out
         ]
@@ -110,8 +111,11 @@ class Corpus:
         for d in documents(folder, CHAT_FILES):
             if d.held_out != held_out:
                 continue
-            ids = tokenizer.render(({"role": r, "content": c} for r, c in d.messages), add_generation_prompt=False)
-            self.chats.append(np.array(ids, dtype=np.uint16))
+            try:
+                ids = tokenizer.render(({"role": r, "content": c} for r, c in d.messages), add_generation_prompt=False)
+            except RequestError:  # a chat template that wants other roles
+                continue
+            self.chats.append(np.array(ids, dtype=np.uint32))
             self.small_talk.append(_exchanges(d.messages))
         self.small_talk = [s for s in self.small_talk if s]
         if not self.prose or not self.chats:
@@ -138,6 +142,9 @@ def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
     """Tokens and weights of a dialogue. Spans are encoded together and weights follow character offsets."""
     tokens: list[int] = []
     weights: list[float] = []
+    if isinstance(tokenizer, HubTokenizer):
+        tokens, weights = templated(dialogue, tokenizer)
+        return Session(np.array(tokens, dtype=np.uint32), np.array(weights, dtype=np.float32))
     for message in dialogue.messages:
         text = " " + message.content
         encoding = tokenizer.encode_offsets(text)
@@ -157,7 +164,7 @@ def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
             last = end
         tokens.append(tokenizer.end_id)
         weights.append(1.0 if message.role == "assistant" else 0.1)
-    return Session(np.array(tokens, dtype=np.uint16), np.array(weights, dtype=np.float32))
+    return Session(np.array(tokens, dtype=np.uint32), np.array(weights, dtype=np.float32))
 
 
 KINDS = ("echo", "pairs", "drill", "dialogue", "chat", "prose")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nested_runtime.errors import ConfigError
 from nested_runtime.models.adaptation import LevelFields
 from nested_runtime.models.base import LanguageModel
-from nested_runtime.models.loading import LoadedModel, build
+from nested_runtime.models.loading import LoadedModel, build, load
 
-__all__ = ["check_start", "start_from", "train_only_levels"]
+if TYPE_CHECKING:
+    from nested_runtime.train.trainer import TrainConfig
 
+__all__ = ["check_start", "levels_of", "start_from", "train_only_levels"]
+
+LENGTH = 256  # tokens of a segment, at least two chunks: the second shows what a step was worth
 OF_LEVELS = tuple(field.name for field in fields(LevelFields))
 
 
@@ -27,6 +31,26 @@ def check_start(loaded: LoadedModel, family: str, model: LanguageModel) -> None:
             )
 
 
+def levels_of(name: str | None) -> TrainConfig:
+    """The config of meta-training the starts and step sizes of a model's levels (first order), all else kept as it is.
+
+    Segments begin with an empty window, so that what helps the next one must be in the levels. ConfigError: no levels.
+    """
+    from nested_runtime.train.trainer import TrainConfig  # it imports this file
+
+    if name is None:
+        raise ConfigError("nested-train needs --config, or --from with a model that has levels")
+    loaded = load(name)
+    chunk = loaded.model.update_chunk
+    if not chunk:
+        raise ConfigError(f"--from {name}: the model has no levels to train; give a --config that adds some")
+    length = chunk * max(2, -(-LENGTH // chunk))
+    return TrainConfig(
+        loaded.config["family"], loaded.model.to_config(), tokens=1_000_000, length=length, lanes=8, lr_matrix=0.005,
+        lr_other=0.03, weight_decay=0.0, only_levels=True, carry_kv=False, warmup=20,
+    )  # fmt: skip
+
+
 def start_from(model: LanguageModel, loaded: LoadedModel) -> list[str]:
     """Give `model` the checkpoint's parameters; the names of those that stay fresh, all of levels.
 
@@ -40,13 +64,20 @@ def start_from(model: LanguageModel, loaded: LoadedModel) -> list[str]:
 
 
 def train_only_levels(model: LanguageModel, family: str) -> None:
-    """Freeze what the same model without levels has too: its answers without levels stay what they were."""
-    plain = build(family, _plain(model), empty=True).state_dict()
+    """Freeze what the same model without levels has too: its answers without levels stay what they were.
+
+    Stacked levels start as the static MLPs of their blocks, so those learn too.
+    """
+    fields = model.to_config()
+    kept = set(build(family, _plain(model), empty=True).state_dict())
+    if fields.get("cms") == "stacked":
+        learning = [f"blocks.{i}.cms." for i in range(fields["blocks"] - fields["adaptive_blocks"], fields["blocks"])]
+        kept = {name for name in kept if not name.startswith(tuple(learning))}
     names = {name for name, _ in model.named_parameters()}
-    if names <= plain.keys():
+    if names <= kept:
         raise ConfigError("config field 'only_levels' is true, but 'model.levels' is empty: nothing is left to train")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in plain)
+        parameter.requires_grad_(name not in kept)
 
 
 def _plain(model: LanguageModel) -> dict[str, Any]:

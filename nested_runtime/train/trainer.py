@@ -30,7 +30,6 @@ from nested_runtime.train.start import train_only_levels
 
 __all__ = ["TrainConfig", "Trainer"]
 
-MAX_VOCAB = 1 << 16
 VALUE_WEIGHT = 2.5  # targets weighted above this are values of answers
 
 
@@ -52,6 +51,7 @@ class TrainConfig:
     curriculum: float = 0.6  # share of the run after which the dialogues are at their hardest
     bf16: bool | None = None  # products in bf16; None: where the device has units for them
     only_levels: bool = False  # train the start and the rates of levels, keep the rest as it is
+    carry_kv: bool = True  # False: every segment begins with an empty window, so that levels alone can remember
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
     eval_every: int = 250
@@ -77,8 +77,6 @@ class TrainConfig:
             )
         if self.only_levels:
             train_only_levels(model, self.family)
-        if model.vocab_size > MAX_VOCAB:
-            raise ConfigError(f"config field 'vocab_size' is {model.vocab_size}: tokens are kept as uint16 in training")
         return model
 
 
@@ -119,8 +117,10 @@ class Trainer:
         plain = [p for p in others if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         mine = matrices[self.rank :: self.world]
-        muon = Muon(mine, lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay)
-        return [muon, torch.optim.AdamW(groups, lr=c.lr_other, betas=(0.9, 0.98), fused=True)]
+        adam = torch.optim.AdamW(groups, lr=c.lr_other, betas=(0.9, 0.98), fused=True)
+        if not mine:
+            return [adam]
+        return [Muon(mine, lr=c.lr_matrix, momentum=0.95, weight_decay=c.weight_decay), adam]
 
     def _train_lanes(self) -> Lanes:
         c = self.config
@@ -146,6 +146,8 @@ class Trainer:
             fresh = torch.from_numpy(fresh_np).to(self.device)
             # Filled, not multiplied: 0 times a diverged lane's NaN would be NaN for ever.
             state = {n: t.detach().masked_fill(fresh.view(-1, *[1] * (t.ndim - 1)), 0) for n, t in state.items()}
+            if not self.config.carry_kv:
+                state |= {s.name: state[s.name][:, :0] for s in self.model.state_spec() if s.grows}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             hidden, state = self.model.scan(tokens[:, :-1], state, position)
             chosen = weights > 0
@@ -163,7 +165,8 @@ class Trainer:
         torch.autograd.backward(loss)
         norm = self._reduce()
         scale = self._schedule()
-        for optimizer, lr in zip(self.optimizers, (self.config.lr_matrix, self.config.lr_other), strict=True):
+        for optimizer in self.optimizers:
+            lr = self.config.lr_matrix if isinstance(optimizer, Muon) else self.config.lr_other
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
             optimizer.step()
@@ -225,7 +228,8 @@ class Trainer:
         config = {**asdict(self.config), "model": dict(self.config.model)}
         save_run(self.folder, self.model, self.optimizers, self.rank, self.step, config)
         if self.rank == 0:
-            save_model(self.folder / "model", self.config.family, self.model, self.tokenizer)
+            dtype = torch.float32 if self.config.only_levels else torch.bfloat16  # what is frozen stays as it was
+            save_model(self.folder / "model", self.config.family, self.model, self.tokenizer, dtype=dtype)
 
     def resume(self) -> bool:
         """Continue from the run folder if it holds a run."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
 
 from nested_runtime.errors import ConfigError
-from nested_runtime.models.loading import LoadedModel, load, save_model
+from nested_runtime.hub_tokenizer import HubTokenizer
+from nested_runtime.models.loading import LoadedModel, build, load, save_model
 from nested_runtime.tokenizer import Tokenizer
+from nested_runtime.train.cli import main
 from nested_runtime.train.data import Corpus
+from nested_runtime.train.messages import Dialogue, Message, Span, Weights
 from nested_runtime.train.start import check_start, start_from
+from nested_runtime.train.templated import FIRST, templated
 from nested_runtime.train.trainer import TrainConfig, Trainer
 
 PLAIN = {"vocab_size": 512, "dim": 32, "blocks": 2, "heads": 2, "head_dim": 16, "chunk": 16, "mlp_ratio": 2}
@@ -102,3 +108,77 @@ def test_what_cannot_be_trained_is_named() -> None:
         replace(CONFIG, length=80, model={**PLAIN, "levels": [{"chunk": 32, "hidden": 8}]}).build()
     with pytest.raises(ConfigError, match=r"'only_levels' is true, but 'model\.levels' is empty"):
         replace(CONFIG, only_levels=True, model=PLAIN).build()
+
+
+STACKED = {"chunk": 16, "rank": 4, "rate": 0.05}
+LLAMA = {
+    "vocab_size": 320, "dim": 32, "blocks": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "hidden": 48, "context": 64,
+    "levels": [STACKED], "cms": "stacked",
+}  # fmt: skip
+
+
+def hub_tokenizer(small: Tokenizer) -> HubTokenizer:
+    """A ChatML tokenizer with the entries of another."""
+    backend = Backend.from_str(small._backend.to_str())
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    end = backend.token_to_id("<|im_end|>")
+    return HubTokenizer(backend, {"template": template, "eos_token": "<|im_end|>", "end_tokens": [end]})
+
+
+@pytest.fixture
+def converted(tmp_path: Path, small_tokenizer: Tokenizer) -> LoadedModel:
+    """As `nested-convert --levels` leaves a model: a tokenizer with a chat template, levels that have not learned."""
+    torch.manual_seed(0)
+    tokenizer = hub_tokenizer(small_tokenizer)
+    model = build("hope-attention", {**LLAMA, "vocab_size": tokenizer.vocab_size})
+    for name, parameter in model.named_parameters():
+        if name.endswith("w_out"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_model(tmp_path / "converted", "hope-attention", model, tokenizer, dtype=torch.float32)
+    return load(str(tmp_path / "converted"))
+
+
+def test_weights_follow_what_is_said_in_a_chat_template(small_tokenizer: Tokenizer) -> None:
+    tokenizer = hub_tokenizer(small_tokenizer)
+    said = Message("user", (Span("My dog is called Rex.", Weights.user),))
+    answer = (Span("Your dog is called", Weights.answer), Span(" Rexomil", Weights.value), Span(".", Weights.answer))
+    ids, weights = templated(Dialogue((said, Message("assistant", answer)), ()), tokenizer)
+    assert ids == tokenizer.render([{"role": m, "content": c} for m, c in (
+        ("user", "My dog is called Rex."), ("assistant", "Your dog is called Rexomil."),
+    )], False)  # fmt: skip
+    values = [(i, w) for i, w in zip(ids, weights, strict=True) if w >= Weights.value]
+    assert tokenizer.decode([i for i, _ in values]) == " Rexomil"
+    assert [w for _, w in values] == [FIRST * Weights.value, *[Weights.value] * (len(values) - 1)]
+    closes = [w for i, w in zip(ids, weights, strict=True) if i == tokenizer.end_id]
+    assert closes == [0.1, 1.0]
+    shouting = HubTokenizer(tokenizer._backend, {**tokenizer.chat, "template": "{{ messages[0].content | upper }}"})
+    with pytest.raises(ConfigError, match="does not write 'My dog"):
+        templated(Dialogue((said,), ()), shouting)
+
+
+def test_a_converted_model_is_meta_trained_from_its_folder_alone(
+    converted: LoadedModel, data_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    main(["--from", str(converted.folder), "--data", str(data_folder), "--out", str(out), "--tokens", "4000"])
+    trained = load(str(out / "model"))
+    assert isinstance(trained.tokenizer, HubTokenizer)
+    before, after = converted.model.state_dict(), trained.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("blocks.1.cms.")}  # the start of a stacked level is F
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    assert all(record["norm"] > 0 for record in records)
+
+
+def test_without_a_config_there_must_be_levels(
+    plain: LoadedModel, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, named in (
+        ([], "needs --config, or --from"),
+        (["--from", str(plain.folder)], "has no levels to train"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*options, "--data", str(data_folder), "--out", str(tmp_path / "run")])
+        assert named in capsys.readouterr().err
