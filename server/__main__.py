@@ -17,6 +17,7 @@ from nested_runtime.errors import ConfigError, NestedError
 from . import logs, on_ray
 from .app import create_app, running
 from .assembly import assemble
+from .checkup import report
 from .deps import Service
 from .options import parse
 from .settings import Settings
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop. Exit status 2 = bad options, model or store."""
     try:
         settings = parse(argv)
+        if settings.check:
+            return report(settings)
         if settings.ray_replicas:
             on_ray.serve(settings, lambda: _announce_replicas(settings))
             return 0

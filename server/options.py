@@ -84,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-format", choices=("text", "json"), help="json: one object a line (default text)")
     add("--otlp-endpoint", metavar="URL", help="send traces to this OpenTelemetry collector (extra: otel)")
     add("--no-web", dest="web", action="store_false", default=None, help="do not serve the web page at /")
+    add(
+        "--check", action="store_true", default=None, help="say as JSON what would run (kernels, GPU, store), then exit"
+    )
     add("--root-path", metavar="PATH", help="path prefix a proxy strips")
     add("--cors-origin", action="append", metavar="ORIGIN", help="allowed browser origin; repeatable")
     add("--ssl-keyfile", metavar="FILE")

@@ -24,6 +24,7 @@ class Settings:
     keep_alive      seconds between SSE comments while nothing else is sent
     otlp_endpoint   OpenTelemetry collector that traces are sent to
     requests_in_flight  of one tenant at a time; more are 429
+    check           look at what would run and report, instead of serving
     web             whether the web page is served at /
     backend         what runs the models: "native" or "vllm"
     ray_replicas    processes under Ray Serve; 0 = this one alone
@@ -54,6 +55,7 @@ class Settings:
     session_ttl: float | None = None
     requests_in_flight: int = 256
     sweep_seconds: float = 60.0
+    check: bool = False
     web: bool = True
     backend: str = "native"
     ray_replicas: int = 0

@@ -90,7 +90,8 @@ def _erase(admin: Admin, args: argparse.Namespace, output: Output) -> int:
     if not _agreed(args, f"{which} of tenant {args.tenant!r}"):
         output.done("nothing erased", deleted=0)
         return 0
-    deleted = admin.erase(args.tenant, args.prefix)
+    with output.busy("erasing"):
+        deleted = admin.erase(args.tenant, args.prefix)
     output.done(f"{deleted} sessions of {args.tenant} are erased", deleted=deleted)
     return 0
 
@@ -117,12 +118,14 @@ def _flush(admin: Admin, args: argparse.Namespace, output: Output) -> int:
 
 
 def _drain(admin: Admin, args: argparse.Namespace, output: Output) -> int:
-    running = admin.drain(args.seconds)
+    with output.busy("draining"):
+        running = admin.drain(args.seconds)
     output.done("drained: no turn is running" if not running else f"{running} turns still run", running=running)
     return 1 if running else 0
 
 
 def _fsck(admin: Admin, args: argparse.Namespace, output: Output) -> int:
-    problems = admin.fsck()
+    with output.busy("checking everything stored"):
+        problems = admin.fsck()
     output.done("\n".join(problems) or "healthy", healthy=not problems, problems=problems)
     return 1 if problems else 0

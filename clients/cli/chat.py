@@ -14,7 +14,7 @@ from .output import Output, visible
 __all__ = ["add"]
 
 _HELP = """\
-/memory            what the session holds: version, tokens, bytes
+/memory            what the session holds: version, tokens, bytes, and each level
 /snapshot          keep the present memory
 /restore ID|N      go back to a snapshot, or to a kept version by its number
 /reset [LEVEL ...] forget everything, or the named levels
@@ -28,7 +28,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     chat = commands.add_parser("chat", help=about, description=about, parents=[shared])
     chat.add_argument("--session", metavar="ID", help="the memory to use; without it nothing is remembered")
     chat.add_argument("--model", metavar="ID", help="default: the first one the server has")
-    chat.add_argument("--max-tokens", metavar="N", type=int)
+    chat.add_argument("--max-tokens", metavar="N", type=int, help="longest reply; default: the server's")
     chat.add_argument("--temperature", metavar="T", type=float, help="0 is greedy and reproducible")
     chat.add_argument("--no-stream", action="store_true", help="print replies when they are complete")
     chat.add_argument("message", nargs="?", help="one turn, then exit; without it a conversation")
@@ -102,7 +102,16 @@ class _Conversation:
         raise _Quit
 
     def _memory(self, words: list[str]) -> None:
-        self._output.item(self._remembering.info())
+        session = self._remembering
+        info, levels = session.info(), session.levels()
+        if self._output.json:
+            self._output.done(
+                "", **info.model_dump(mode="json"), levels=[one.model_dump(mode="json") for one in levels]
+            )
+            return
+        self._output.item(info)
+        print()
+        self._output.items(levels, ["level", "norm", "change", "updates"], empty="no levels")
 
     def _reset(self, words: list[str]) -> None:
         info = self._remembering.reset(words or None)

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from ..python import DEFAULT_BASE_URL, APIError, Client, ClientError, ConfigError, ServerError
-from . import admin, chat, doctor, sessions
+from . import admin, chat, completion, doctor, sessions
 from .output import Output
 
 __all__ = ["main", "parser"]
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"nested {_version()}")
     commands: Any = top.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for module in (chat, sessions, admin, doctor):
+    for module in (chat, sessions, admin, doctor, completion):
         module.add(commands, shared)
     return top
 
@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     output = Output(json=getattr(args, "json", False))
     try:
+        if args.run is completion.run:  # asks no server, and needs the whole command line
+            return int(args.run(parser(), args, output))
         with _client(args) as client:
             return int(args.run(client, args, output))
     except ClientError as error:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel
+from tqdm import tqdm
 
 from ..python import APIError
 
@@ -52,6 +55,35 @@ class Output:
             self._dump(fields)
         else:
             print(text)
+
+    @contextmanager
+    def progress(self, label: str, total: int | None, unit: str = "B") -> Iterator[tqdm[Any]]:
+        """A bar on stderr for work that can be counted; not for programs, and only at a terminal."""
+        hidden = True if self.json else None  # None: hidden where stderr is no terminal
+        scale = unit == "B"
+        with tqdm(
+            total=total, desc=label, unit=unit, unit_scale=scale, unit_divisor=1024, disable=hidden, leave=False
+        ) as bar:
+            yield bar
+
+    @contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """The seconds that pass while the server works and nobody knows how long it will."""
+        done = threading.Event()
+
+        def tick(bar: tqdm[Any]) -> None:
+            while not done.wait(0.5):
+                bar.refresh()
+
+        hidden = True if self.json else None
+        with tqdm(desc=label, bar_format="{desc} {elapsed}", disable=hidden, leave=False) as bar:
+            thread = threading.Thread(target=tick, args=(bar,), daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
 
     def error(self, error: Exception) -> None:
         """One line on stderr, whatever the message holds."""

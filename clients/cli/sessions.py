@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..python import Client, ConfigError
+import shtab
+
+from ..python import APIError, Client, ConfigError
 from .output import Output
 
 __all__ = ["add"]
@@ -42,16 +45,23 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     delete.add_argument("--yes", action="store_true", help="do not ask")
     restore = action("restore", _restore, "go back to a snapshot or to a kept version")
     to = restore.add_mutually_exclusive_group(required=True)
-    to.add_argument("--snapshot", metavar="ID")
-    to.add_argument("--version", metavar="N", type=int, dest="to_version")
+    to.add_argument("--snapshot", metavar="ID", help="a snapshot; `nested sessions snapshots` lists them")
+    to.add_argument("--version", metavar="N", type=int, dest="to_version", help="a kept version, by its number")
     fork = action("fork", _fork, "copy a memory into a new session")
     fork.add_argument("new", help="the id of the new session")
     fork.add_argument("--version", metavar="N", type=int, dest="from_version", help="copy this kept version")
     export = action("export", _export, "write the memory to a file")
-    export.add_argument("file", help="where to write; - is standard output")
+    _file(export, "where to write; - is standard output")
     export.add_argument("--force", action="store_true", help="replace the file if it exists")
+    learn = action("learn", _learn, "read a text into the memory, paragraph by paragraph, without answers")
+    _file(learn, "a UTF-8 text; - is standard input")
     load = action("import", _import, "replace the memory by an exported one")
-    load.add_argument("file", help="an exported file; - is standard input")
+    _file(load, "an exported file; - is standard input")
+
+
+def _file(command: argparse.ArgumentParser, help: str) -> None:
+    """A file argument that shells complete."""
+    command.add_argument("file", help=help).complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _list(client: Client, args: argparse.Namespace, output: Output) -> int:
@@ -120,7 +130,8 @@ def _export(client: Client, args: argparse.Namespace, output: Output) -> int:
     path = Path(args.file)
     if to_file and path.exists() and not args.force:
         raise ConfigError(f"{args.file} exists; choose another name or add --force")
-    blob = client.session(args.session).export()
+    with output.progress("export", None) as bar:
+        blob = client.session(args.session).export(bar.update)
     if not to_file:
         sys.stdout.buffer.write(blob)
         return 0
@@ -136,11 +147,43 @@ def _export(client: Client, args: argparse.Namespace, output: Output) -> int:
     return 0
 
 
+def _learn(client: Client, args: argparse.Namespace, output: Output) -> int:
+    """Each paragraph is a version of its own: what was read before an error stays, and the error counts it."""
+    paragraphs = _paragraphs(args.file)
+    session = client.session(args.session)
+    with output.progress("learn", len(paragraphs), unit=" paragraphs") as bar:
+        for number, paragraph in enumerate(paragraphs):
+            try:
+                reference = session.learn(paragraph)
+            except APIError as error:
+                error.args = (f"{number} of {len(paragraphs)} paragraphs were learned, then: {error}",)
+                raise
+            bar.update()
+    text = f"{args.session} learned {len(paragraphs)} paragraphs; it is at version {reference.version}"
+    output.item(reference, text=text)
+    return 0
+
+
+def _paragraphs(file: str) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        text = data.decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: byte {error.start} is {data[error.start]:#x}") from None
+    found = [paragraph.strip() for paragraph in re.split(r"\n[ \t]*\n", text) if paragraph.strip()]
+    if not found:
+        raise ConfigError(f"{file} has no text to learn")
+    return found
+
+
 def _import(client: Client, args: argparse.Namespace, output: Output) -> int:
     try:
         blob = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {args.file}: {error.strerror}") from None
-    info = client.session(args.session).import_(blob)
+    with output.busy("import"):
+        info = client.session(args.session).import_(blob)
     output.item(info, text=f"{args.session} has the imported memory, at version {info.version}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, Self, TypeVar, Unpack
 from urllib.parse import quote
@@ -22,6 +22,7 @@ __all__ = ["DEFAULT_BASE_URL", "AsyncClient", "AsyncSession", "Client", "Session
 M = TypeVar("M", bound=BaseModel)
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
+_nobody: Callable[[int], object] = bool  # to tell of progress
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)  # a long answer is slow, a dead server is not
 
 
@@ -122,9 +123,10 @@ class _SessionAPI(_API):
         return _parse_list(Version, (yield from self._send(self._call("GET", "history"))))
 
     @operation
-    def levels(self) -> Flow[list[Level]]:
-        """Size and norm of every memory level."""
-        return _parse_list(Level, (yield from self._send(self._call("GET", "levels"))))
+    def levels(self, *, version: int | None = None) -> Flow[list[Level]]:
+        """Size, norm and clock of every memory level, now or at a kept version."""
+        params = {} if version is None else {"version": version}
+        return _parse_list(Level, (yield from self._send(self._call("GET", "levels", params=params))))
 
     @operation
     def snapshot(self, label: str = "", *, version: int | None = None) -> Flow[Snapshot]:
@@ -157,16 +159,24 @@ class _SessionAPI(_API):
         return _parse(SessionInfo, (yield from self._send(self._call("POST", "fork", json=body))))
 
     @operation
-    def learn(self, text: str) -> Flow[SessionRef]:
-        """Read `text` into the memory without answering."""
-        answer = yield from self._send(self._call("POST", "learn", json={"text": text}))
+    def learn(self, text: str, *, if_version: int | None = None) -> Flow[SessionRef]:
+        """Read `text` into the memory without answering; `Conflict` if it is at another version than `if_version`."""
+        headers = {} if if_version is None else {"If-Match": str(if_version)}
+        answer = yield from self._send(self._call("POST", "learn", json={"text": text}, headers=headers))
         return _parse(SessionRef, answer.get("session") if isinstance(answer, dict) else answer)
 
     @operation
-    def export(self) -> Flow[bytes]:
-        """The memory as one portable safetensors blob."""
-        response = yield from request(self._call("GET", "export"), self.retries)
-        return bytes(response.content)
+    def export(self, progress: Callable[[int], object] = _nobody) -> Flow[bytes]:
+        """The memory as one portable safetensors blob. `progress` is told the size of each piece that arrives."""
+        response = yield from request(self._call("GET", "export", stream=True), self.retries)
+        pieces: list[bytes] = []
+        while piece := (yield More()):
+            pieces.append(piece)
+            progress(len(piece))
+        blob = b"".join(pieces)
+        if len(blob) != int(response.headers.get("content-length", len(blob))):
+            raise ProtocolError(f"the export was cut off after {len(blob)} bytes; ask again")
+        return blob
 
     @operation
     def import_(self, blob: bytes) -> Flow[SessionInfo]:

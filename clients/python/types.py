@@ -96,12 +96,16 @@ class Snapshot(_Answer):
 
 
 class Level(_Answer):
-    """One memory level of a session: its size and how much it holds; `chunk` is None where it changes all the time."""
+    """One memory level: its size, how much it holds, how far that is from the version before, and its clock.
+
+    `change` is None where the version before is not known, the clock where the level changes with every token.
+    """
 
     level: str
     tensors: int = 0
     bytes: int = 0
     norm: float = 0.0
+    change: float | None = None
     chunk: int | None = None
     updates: int | None = None
     updates_refused: int | None = None

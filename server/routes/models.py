@@ -109,9 +109,10 @@ async def tokenizer_info(service: ServiceDep, model: str | None = Query(None)) -
 
 
 @root_router.get("/version")
-async def get_version() -> dict[str, str]:
-    """The release."""
+async def get_version(service: ServiceDep) -> dict[str, str]:
+    """The release, what runs the models, and the durability a reply promises."""
     try:
-        return {"version": version("nested-runtime")}
+        release = version("nested-runtime")
     except PackageNotFoundError:
-        return {"version": "unknown"}
+        release = "unknown"
+    return {"version": release, "backend": service.settings.backend, "durability": service.store.durability}

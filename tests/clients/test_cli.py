@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from clients.cli.output import visible
 from clients.python import Client
@@ -217,13 +218,64 @@ def test_no_server_is_status_1(nested: Nested) -> None:
     assert "is the server running" in refused(nested("--base-url", "http://127.0.0.1:9", "sessions", "list"), 1)
 
 
-def test_doctor(nested: Nested) -> None:
-    findings = {one["check"]: one for one in json.loads(ok(nested("doctor", "--json")))}
+def test_doctor(nested: Nested, model_folder: Path, tmp_path: Path) -> None:
+    here = ("--model", str(model_folder), "--store", f"sqlite:///{tmp_path / 'new.db'}")
+    findings = {one["check"]: one for one in json.loads(ok(nested("doctor", "--json", *here)))}
     assert findings["server"]["state"] == findings["/ready"]["state"] == "ok"
     assert findings["models"]["detail"] == "tiny"
-    sick = nested("doctor", "--base-url", "http://127.0.0.1:9")
+    assert "durability=fsynced" in findings["/version"]["detail"]
+    assert findings["kernels/cpu"]["detail"].startswith("numba")
+    assert findings["store"] == {
+        "check": "store",
+        "state": "ok",
+        "detail": "SqliteStore: 0 sessions, 0 bytes; durability fsynced",
+    }
+    assert findings[f"model/{model_folder}"]["detail"].startswith("tiny: ")
+    has_gpu = torch.cuda.is_available()
+    assert (findings["gpu"]["state"], "kernels/cuda" in findings) == ("ok" if has_gpu else "note", has_gpu)
+
+
+def test_a_sick_doctor(nested: Nested, tmp_path: Path) -> None:
+    """A server that does not answer, a store that is none and a model that is not there are each named."""
+    (tmp_path / "text.db").write_text("no database, " * 100)
+    missing = ("--model", "no-such-model", "--store", f"sqlite:///{tmp_path / 'text.db'}")
+    sick = nested("doctor", "--base-url", "http://127.0.0.1:9", *missing)
     assert sick.returncode == 1
-    assert "fail" in sick.stdout
+    assert {line.split()[1] for line in sick.stdout.splitlines() if line.startswith("fail")} == {
+        "server",
+        "store",
+        "model/no-such-model",
+    }
+
+
+def test_learning_a_file(nested: Nested, session: str, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("The dog is called Rex.\n\n   \nThe cat is\ncalled Tom.\n")
+    assert f"{session} learned 2 paragraphs; it is at version 3" in ok(nested("sessions", "learn", session, str(file)))
+    kinds = [one["kind"] for one in json.loads(ok(nested("sessions", "history", session, "--json")))]
+    assert kinds == ["learn", "learn", "turn"]
+    assert json.loads(ok(nested("sessions", "learn", session, "-", "--json", input="one more")))["version"] == 4
+    assert "no text" in refused(nested("sessions", "learn", session, "-", input=" \n\n"), 2)
+    file.write_bytes(b"caf\xe9")
+    assert "byte 3" in refused(nested("sessions", "learn", session, str(file)), 2)
+
+
+def test_progress_is_for_terminals(nested: Nested, url: str, session: str, tmp_path: Path) -> None:
+    """A bar on a terminal's stderr; nothing in a pipe, nothing with --json."""
+    file = tmp_path / "notes.txt"
+    file.write_text("\n\n".join(f"Room {n} is empty." for n in range(3)))
+    assert nested("sessions", "learn", session, str(file)).stderr == ""
+    main, child = pty.openpty()
+    command = [NESTED, "sessions", "learn", session, str(file)]
+    env = environment(NESTED_BASE_URL=url, TERM="xterm")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, env=env) as process:
+        os.close(child)
+        try:
+            assert "learn" in read_until(main, "/3")
+            assert b"learned 3 paragraphs" in process.communicate(timeout=60)[0]
+        finally:
+            process.kill()
+            os.close(main)
 
 
 def test_help_of_every_command() -> None:

@@ -112,4 +112,4 @@ def test_packages_are_those_on_disk() -> None:
 
 def test_clients_install_without_torch() -> None:
     base = {re.split(r"[<>=\[]", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
-    assert base == {"httpx", "pydantic"}
+    assert base == {"httpx", "pydantic", "shtab", "tqdm"}
