@@ -9,6 +9,7 @@ import re
 import select
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -266,6 +267,7 @@ def test_progress_is_for_terminals(nested: Nested, url: str, session: str, tmp_p
     file.write_text("\n\n".join(f"Room {n} is empty." for n in range(3)))
     assert nested("sessions", "learn", session, str(file)).stderr == ""
     main, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 80))
     command = [NESTED, "sessions", "learn", session, str(file)]
     env = environment(NESTED_BASE_URL=url, TERM="xterm")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, env=env) as process:
