@@ -10,6 +10,8 @@ import torch
 from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.kernels.delta_rule.triton import packed_scan
+from nested_runtime.kernels.gated_delta.triton import CHUNK, ROWS, packed_gated_delta
+from nested_runtime.kernels.gated_delta.triton_backward import backward
 from nested_runtime.kernels.short_conv.triton import packed_conv
 
 __all__ = ["SPECIMENS"]
@@ -33,6 +35,22 @@ def delta_rule(dim: int, tokens: int, read: str = "token", retain: str = "start"
     packed_scan(*inputs, pool, batch(64, tokens), RuleOptions(c, read, retain))
 
 
+def plain_rule(dim: int, tokens: int) -> None:
+    wide, gate = empty(tokens, 16, dim), empty(tokens, 16)
+    where = batch(64, tokens)
+    packed_gated_delta(
+        wide, wide, wide, gate, gate, empty(65, 16, dim, dim), where.slots, where.cu_seqlens, longest=where.longest
+    )
+
+
+def plain_training(dim: int) -> None:
+    wide, gate, chunks = empty(4096, 16, dim), empty(4096, 16), 4096 // CHUNK + 8
+    inverses, decays, kept = (empty(chunks, 16, *s) for s in ((CHUNK, CHUNK), (CHUNK,), (dim, dim)))
+    state = empty(8, 16, dim, dim)
+    bounds = empty(9, dtype=torch.int32)
+    backward(wide, wide, wide, gate, gate, inverses, decays, kept, bounds, wide, state, ROWS)
+
+
 def short_conv() -> None:
     packed_conv(empty(512, 3072), empty(65, 3, 3072), empty(4, 3072), batch(64, 512))
 
@@ -43,4 +61,8 @@ SPECIMENS: dict[str, Callable[[], None]] = {
     "delta_rule prefill 64": partial(delta_rule, 64, 512),
     "delta_rule prefill 128": partial(delta_rule, 128, 512),
     "short_conv": short_conv,
+    "gated_delta decode 128": partial(plain_rule, 128, 64),
+    "gated_delta prefill 64": partial(plain_rule, 64, 512),
+    "gated_delta prefill 128": partial(plain_rule, 128, 512),
+    "gated_delta backward 64": partial(plain_training, 64),
 }

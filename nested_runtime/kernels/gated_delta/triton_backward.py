@@ -1,0 +1,139 @@
+"""Backward of the gated delta rule's scan: the chunks of a sequence from last to first, BV rows of the state a program.
+
+Each line of the forward (see `triton.py`) is undone, the last first. With P = S k, rhs = eta (v - g_{i-1} P),
+D = (I + A)^-1 rhs, W_ij = (g_i / g_j) (k_j.q_i), w_j = g_C / g_j and dX the gradient of X:
+
+    dD = W^T do + w (dS' k)        d_rhs = (I + A)^-T dD        dA = -d_rhs D^T        dW = do D^T
+    dS = g_C dS' + (g do)^T q + dP^T k
+
+What is summed over the rows of the state (all but v and S) is written per row block and summed by the caller.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nested_runtime.kernels.triton_math import precision, tile
+
+__all__ = ["backward"]
+
+
+@triton.jit
+def _chunk(
+    q, k, v, log_alpha, eta, inverses, decays, kept, d_out, dq, dk, dv, d_log_alpha, d_eta, ds, token, first, end,
+    block, h, part, r,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    i, c = tl.arange(0, C), tl.arange(0, KP)
+    inside, row, column = first + i < end, i[:, None], i[None, :]
+    wide, narrow = token[:, None] * K + c[None, :], token[:, None] * V + r[None, :]
+    wm, nm = inside[:, None] & (c < K)[None, :], inside[:, None] & (r < V)[None, :]
+    kt = tl.load(k + wide, mask=wm, other=0.0).to(tl.float32)
+    la = tl.load(log_alpha + token, mask=inside, other=0.0)
+    et = tl.load(eta + token, mask=inside, other=0.0)
+    g = tl.load(decays + (block * H + h) * C + i)
+    last = tl.sum(la, 0)
+    cells = (block * H + h) * V * K + r[:, None] * K + c[None, :]
+    s0 = tl.load(kept + cells, mask=(r < V)[:, None] & (c < K)[None, :], other=0.0)
+    inverse = tl.load(inverses + ((block * H + h) * C + row) * C + column)
+    before = tl.exp(g - la)
+    seen = tl.dot(kt, tl.trans(s0), input_precision=PREC)
+    error = tl.load(v + narrow, mask=nm, other=0.0).to(tl.float32) - before[:, None] * seen
+    d = tl.dot(inverse, et[:, None] * error, input_precision=PREC)
+    do = tl.load(d_out + narrow, mask=nm, other=0.0)
+    # S' = g_C S + (w D)^T k
+    w = tl.exp(tl.where(inside, last - g, float("-inf")))
+    z = tl.dot(kt, tl.trans(ds), input_precision=PREC) * w[:, None]
+    per_token = tl.sum(d * z, 1)
+    dg = tl.where(i == C - 1, tl.sum(per_token, 0) + tl.exp(last) * tl.sum(tl.sum(ds * s0, 1), 0), 0.0) - per_token
+    dkt = tl.dot(d * w[:, None], ds, input_precision=PREC)
+    # o = g S q + W D
+    qt = tl.load(q + wide, mask=wm, other=0.0).to(tl.float32)
+    ratio = tl.exp(tl.where(row >= column, g[:, None] - g[None, :], float("-inf")))
+    weights = tl.dot(qt, tl.trans(kt), input_precision=PREC) * ratio
+    dd = tl.dot(tl.trans(weights), do, z, input_precision=PREC)
+    scaled = do * tl.exp(g)[:, None]
+    dg += tl.sum(scaled * tl.dot(qt, tl.trans(s0), input_precision=PREC), 1)
+    dw = tl.dot(do, tl.trans(d), input_precision=PREC)
+    dlog = dw * weights
+    dg += tl.sum(dlog, 1) - tl.sum(dlog, 0)
+    dqk = dw * ratio
+    dqt = tl.dot(scaled, s0, tl.dot(dqk, kt, input_precision=PREC), input_precision=PREC)
+    tl.store(dq + part * K + wide, dqt, mask=wm)
+    dkt = tl.dot(tl.trans(dqk), qt, dkt, input_precision=PREC)
+    ds = tl.dot(tl.trans(scaled), qt, tl.exp(last) * ds, input_precision=PREC)
+    # D = (I + A)^-1 rhs, A = eta F (k.k)
+    d_rhs = tl.dot(tl.trans(inverse), dd, input_precision=PREC)
+    f = tl.exp(tl.where((row > column) & inside[:, None], (g - la)[:, None] - g[None, :], float("-inf")))
+    daf = tl.dot(d_rhs, tl.trans(d), input_precision=PREC) * -f
+    kk = tl.dot(kt, tl.trans(kt), input_precision=PREC)
+    de = tl.sum(daf * kk, 1)
+    dkk = daf * et[:, None]
+    dlog = dkk * kk
+    dg_prev = tl.sum(dlog, 1)
+    dg -= tl.sum(dlog, 0)
+    dkt = tl.dot(dkk + tl.trans(dkk), kt, dkt, input_precision=PREC)
+    # rhs = eta (v - g_prev S k)
+    de += tl.sum(d_rhs * error, 1)
+    dt = d_rhs * et[:, None]
+    tl.store(dv + narrow, dt, mask=nm)
+    dp = dt * -before[:, None]
+    dg_prev += tl.sum(dp * seen, 1)
+    dkt = tl.dot(dp, s0, dkt, input_precision=PREC)
+    tl.store(dk + part * K + wide, dkt, mask=wm)
+    ds = tl.dot(tl.trans(dp), kt, ds, input_precision=PREC)
+    total = dg + dg_prev
+    dla = tl.sum(total, 0) - tl.cumsum(total, 0) + total - dg_prev  # sums over what comes after
+    tl.store(d_log_alpha + part + token, dla, mask=inside)
+    tl.store(d_eta + part + token, de, mask=inside)
+    return ds
+
+
+@triton.jit
+def scan_backward(
+    q, k, v, log_alpha, eta, inverses, decays, kept, cu_seqlens, d_out, d_state, dq, dk, dv, d_log_alpha, d_eta,
+    d_start, tokens,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    BP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Grid (B, H, V / BV). dq, dk [V / BV, T, H, K], d_log_alpha, d_eta [V / BV, T, H] hold parts; tokens = T H."""
+    b, h = tl.program_id(0), tl.program_id(1)
+    i, r, c = tl.arange(0, C), tl.program_id(2) * BV + tl.arange(0, BV), tl.arange(0, KP)
+    part = tl.program_id(2).to(tl.int64) * tokens
+    begin, end = tl.load(cu_seqlens + b), tl.load(cu_seqlens + b + 1)
+    s = tl.arange(0, BP)
+    lengths = tl.load(cu_seqlens + s + 1, mask=s < b, other=0) - tl.load(cu_seqlens + s, mask=s < b, other=0)
+    before = tl.sum((lengths + C - 1) // C, 0).to(tl.int64)
+    cells = (b * H + h).to(tl.int64) * V * K + r[:, None] * K + c[None, :]
+    mask = (r < V)[:, None] & (c < K)[None, :]
+    ds = tl.load(d_state + cells, mask=mask, other=0.0)
+    chunks = (end - begin + C - 1) // C
+    for n in range(chunks):
+        m = chunks - 1 - n
+        first = begin + m * C
+        token = (first + i).to(tl.int64) * H + h
+        ds = _chunk(q, k, v, log_alpha, eta, inverses, decays, kept, d_out, dq, dk, dv, d_log_alpha, d_eta, ds, token,
+                    first, end, before + m, h, part, r, H, K, V, KP, C, PREC)  # fmt: skip
+    tl.store(d_start + cells, ds, mask=mask)
+
+
+def backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_alpha: torch.Tensor, eta: torch.Tensor,
+    inverses: torch.Tensor, decays: torch.Tensor, kept: torch.Tensor, cu_seqlens: torch.Tensor, d_out: torch.Tensor,
+    d_state: torch.Tensor, rows: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v, log_alpha, eta (packed) and the start state from those of o [T, H, V] and the end state."""
+    total, heads, dim = k.shape
+    size, blocks, sequences = v.shape[2], triton.cdiv(v.shape[2], rows), len(cu_seqlens) - 1
+    dq, dk = (torch.empty(blocks, total, heads, dim, device=k.device) for _ in range(2))
+    dv = torch.empty(total, heads, size, device=k.device)
+    d_log_alpha, d_eta = (torch.empty(blocks, total, heads, device=k.device) for _ in range(2))
+    d_start = torch.empty_like(d_state)
+    scan_backward[sequences, heads, blocks](
+        q, k, v, log_alpha, eta, inverses, decays, kept, cu_seqlens, d_out, d_state, dq, dk, dv, d_log_alpha, d_eta,
+        d_start, total * heads, H=heads, K=dim, V=size, KP=tile(dim), C=inverses.shape[2], BV=rows,
+        BP=triton.next_power_of_2(sequences), PREC=precision(), num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return dq.sum(0), dk.sum(0), dv, d_log_alpha.sum(0), d_eta.sum(0), d_start
