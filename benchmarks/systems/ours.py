@@ -15,11 +15,12 @@ __all__ = ["NestedRuntime", "hope", "start"]
 
 
 def hope() -> Hope:
-    """HOPE of the compared size; noise on every parameter, so that nothing is zero and cheap."""
+    """HOPE of the compared size; noise on every parameter, so that nothing is zero and cheap. Numbers that bfloat16
+    holds, as those of a shipped checkpoint are."""
     torch.manual_seed(0)
     model = Hope(HopeConfig(VOCAB, DIM, BLOCKS, HEADS)).eval().requires_grad_(False)
     for parameter in model.parameters():
-        parameter.add_(0.02 * torch.randn_like(parameter))
+        parameter.add_(0.02 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
     return model
 
 

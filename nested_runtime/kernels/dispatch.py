@@ -1,8 +1,9 @@
 """Which kernels serve a packed batch, chosen once per device and dtype.
 
-`NESTED_KERNELS` = auto (default), reference, numba or triton. "reference" is the torch path of `UpdateRule`; numba
-serves CPU tensors, triton CUDA tensors. An implementation is a pair of modules `short_conv/<name>.py` and
-`delta_rule/<name>.py` with `packed_conv` and `packed_scan`.
+`NESTED_KERNELS` = auto (default), reference, native, numba or triton. "reference" is the torch path of `UpdateRule`;
+native (C++, where there is a g++) and numba serve CPU tensors, triton CUDA tensors. An implementation is a pair of
+modules `short_conv/<name>.py` and `delta_rule/<name>.py` with `packed_conv` and `packed_scan`; native also runs whole
+stacks of blocks (`native/stack.py`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from nested_runtime.errors import ConfigError
 
 __all__ = ["KernelConfig", "Kernels", "choose", "packed_kernels"]
 
-DEVICES = {"numba": "cpu", "triton": "cuda"}
-DTYPES = {"numba": (torch.float32, torch.float64), "triton": (torch.float32,)}
+DEVICES = {"native": "cpu", "numba": "cpu", "triton": "cuda"}  # the first that works is chosen
+BOTH = (torch.float32, torch.float64)
+DTYPES = {"native": BOTH, "numba": BOTH, "triton": (torch.float32,)}
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """kernels: "auto", "reference", "numba" or "triton"."""
+    """kernels: "auto", "reference", "native", "numba" or "triton"."""
 
     kernels: str = "auto"
 
@@ -49,15 +51,15 @@ def choose(config: KernelConfig, device: str, dtype: torch.dtype) -> Kernels | N
     if config.kernels == "reference":
         return None
     forced = config.kernels != "auto"
-    name = config.kernels if forced else next((n for n, d in DEVICES.items() if d == device), "")
-    try:
-        _require_support(name, device, dtype)
-        return _load(name)
-    except (ImportError, ConfigError) as error:
-        if not forced:
-            return None
-        remedy = "unset it for the best that works here, or set it to reference"
-        raise ConfigError(f"NESTED_KERNELS={name} cannot be used: {error}; {remedy}") from error
+    for name in [config.kernels] if forced else [name for name, of in DEVICES.items() if of == device]:
+        try:
+            _require_support(name, device, dtype)
+            return _load(name, dtype)
+        except (ImportError, ConfigError) as error:
+            if forced:
+                remedy = "unset it for the best that works here, or set it to reference"
+                raise ConfigError(f"NESTED_KERNELS={name} cannot be used: {error}; {remedy}") from error
+    return None
 
 
 @cache
@@ -73,7 +75,9 @@ def _require_support(name: str, device: str, dtype: torch.dtype) -> None:
         raise ConfigError(f"memories of {dtype} are not supported, only {' and '.join(map(str, DTYPES[name]))}")
 
 
-def _load(name: str) -> Kernels:
+def _load(name: str, dtype: torch.dtype) -> Kernels:
     package = "nested_runtime.kernels"
+    if name == "native":
+        import_module(f"{package}.native.abi").load(dtype)
     conv, rule = (import_module(f"{package}.{op}.{name}") for op in ("short_conv", "delta_rule"))
     return Kernels(name, conv.packed_conv, rule.packed_scan)

@@ -52,7 +52,7 @@ class Int8Weight(nn.Module):
         """x [.., in] -> x W^T [.., out]."""
         if not torch.is_grad_enabled() and x.dtype == torch.float32 and x.device.type == "cpu":
             kernels = packed_kernels("cpu", torch.float32)
-            if kernels is not None and kernels.name == "numba":
+            if kernels is not None and kernels.name in ("native", "numba"):
                 from nested_runtime.kernels.int8_linear import numba  # compiles; not everybody has it
 
                 if x.numel() // x.shape[-1] <= numba.MAX_ROWS:

@@ -16,6 +16,8 @@ from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.cms import ContinuumMemory
 from nested_runtime.memory.level import Change, Level
 from nested_runtime.models.adaptation import LevelFields, read_levels
+from nested_runtime.models.base import Pool
+from nested_runtime.models.fused import Fused, Packed, pack
 from nested_runtime.models.leveled import LeveledBlock, LeveledModel, Place, Tensors
 from nested_runtime.state.spec import TensorSpec
 
@@ -85,6 +87,17 @@ class BlockModel(LeveledModel):
         )
         self.norm = nn.Parameter(torch.ones(dim))
         self.adapt(levels, dim, fields.adaptive_blocks)
+        self._fused = Fused()
+
+    def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
+        """See `LanguageModel.forward`; one call of compiled code where there is one for these blocks."""
+        packed = self._packed() if self.adaptation is None else None
+        return (
+            super().forward(batch, pool) if packed is None else packed.stack(self.enter(batch.token_ids), batch, pool)
+        )
+
+    def _packed(self) -> Packed | None:
+        return self._fused.get(self, lambda: pack(self.blocks, self.embed, self.norm))
 
     def enter(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings scaled by sqrt(D), so that tied weights serve the stream (rms near 1) and the logits (small)."""
@@ -97,4 +110,7 @@ class BlockModel(LeveledModel):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel.logits`."""
+        packed = self._packed()
+        if packed is not None and hidden.dtype == self.embed.dtype:
+            return packed.unembed(hidden)
         return linear(hidden, self.embed).float() if hidden.dtype != torch.float64 else linear(hidden, self.embed)

@@ -1,8 +1,9 @@
-"""The CPU kernels against the token-by-token reference, on ragged batches cut into steps at random."""
+"""The CPU kernels, numba and C++, against the token-by-token reference, on ragged batches cut into steps at random."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,11 +18,9 @@ from hypothesis import strategies as st
 from nested_runtime.core import Batch
 from nested_runtime.errors import ConfigError
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
-from nested_runtime.kernels.delta_rule.numba import packed_scan
 from nested_runtime.kernels.delta_rule.reference import reference_scan
 from nested_runtime.kernels.delta_rule.segment import DeltaState, fold
-from nested_runtime.kernels.dispatch import KernelConfig, choose, packed_kernels
-from nested_runtime.kernels.short_conv.numba import packed_conv
+from nested_runtime.kernels.dispatch import KernelConfig, Kernels, choose, packed_kernels
 from nested_runtime.kernels.short_conv.reference import short_conv
 from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.self_modifying import SelfModifying
@@ -33,6 +32,21 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 SEED = st.integers(0, 2**31)
 SLOTS = 5  # slot 5 belongs to nobody
 F64, F32 = torch.float64, torch.float32
+
+
+CHOSEN: list[Kernels] = []  # the implementation under test
+
+
+@pytest.fixture(autouse=True, params=["native", "numba"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    try:
+        kernels = choose(KernelConfig(request.param), "cpu", F32)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert kernels is not None
+    CHOSEN[:] = [kernels]
+    yield request.param
+    CHOSEN.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +96,7 @@ class Layer:
         pieces = [tuple(t[begin:end] for t in self.texts[max(s, 0)]) for s, begin, end in spans]
         mixed, logits = (torch.cat([p[i] for p in pieces]) for i in (0, 1))
         batch = pack([(s + 1, begin, end - begin) for s, begin, end in spans])
-        out = packed_scan(mixed, logits, self.base, self.rates, pool, batch, self.options)
+        out = CHOSEN[0].packed_scan(mixed, logits, self.base, self.rates, pool, batch, self.options)
         assert torch.isfinite(out).all()
         return list(out.split([end - begin for _, begin, end in spans]))
 
@@ -216,7 +230,9 @@ def test_a_nan_stays_with_its_sequence_and_stays_a_nan() -> None:
     expected = layer.expected(1)[0]
     layer.texts[0][1][3] = torch.nan
     mixed, logits = (torch.cat([layer.texts[s][i] for s in (0, 1)]) for i in (0, 1))
-    out = packed_scan(mixed, logits, layer.base, layer.rates, layer.pool(), pack([(1, 0, 9), (2, 0, 9)]), layer.options)
+    out = CHOSEN[0].packed_scan(
+        mixed, logits, layer.base, layer.rates, layer.pool(), pack([(1, 0, 9), (2, 0, 9)]), layer.options
+    )
     assert torch.isfinite(out[:3]).all()
     assert torch.isnan(out[3:9]).all()
     assert relative(out[9:], expected) <= TOLERANCE[F32]
@@ -249,7 +265,7 @@ def convolve(
     for spans in steps:
         x = torch.cat([texts[max(s, 0)][begin:end] for s, begin, end in spans])
         batch = pack([(s + 1, begin, end - begin) for s, begin, end in spans])
-        out = packed_conv(x, pool, weight, batch)
+        out = CHOSEN[0].packed_conv(x, pool, weight, batch)
         assert torch.isfinite(out).all()
         for (s, _, _), piece in zip(spans, out.split([end - begin for _, begin, end in spans]), strict=True):
             if s >= 0:
@@ -294,7 +310,7 @@ def test_a_gradient_through_the_pool_fails_instead_of_being_wrong() -> None:
 def test_kernels_are_chosen_by_device_and_dtype() -> None:
     chosen = choose(KernelConfig(), "cpu", F32)
     assert chosen is not None
-    assert chosen.name == "numba"
+    assert chosen.name == ("native" if shutil.which("g++") else "numba")
     assert choose(KernelConfig("reference"), "cpu", F32) is None
     assert choose(KernelConfig(), "cpu", torch.bfloat16) is None
     assert choose(KernelConfig(), "meta", F32) is None
@@ -315,7 +331,9 @@ def test_impossible_kernels_are_refused(name: str, device: str, dtype: torch.dty
 
 
 def test_unknown_kernels_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"NESTED_KERNELS is 'cobol'; give one of auto, reference, numba, triton"):
+    with pytest.raises(
+        ConfigError, match=r"NESTED_KERNELS is 'cobol'; give one of auto, reference, native, numba, triton"
+    ):
         KernelConfig("cobol")
 
 

@@ -55,7 +55,7 @@ def _is_compiled(x: torch.Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype not in COMPILED:
         return False
     kernels = packed_kernels(x.device.type, x.dtype)
-    return kernels is not None and kernels.name == "numba"
+    return kernels is not None and kernels.name in ("native", "numba")
 
 
 def short_conv(x: torch.Tensor, window: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""The CPU path in C++: whole stacks of blocks and their operators, on vectors, the same to the bit in any schedule."""

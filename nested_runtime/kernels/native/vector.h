@@ -1,0 +1,214 @@
+// Vectors of the machine's width, and the sums that do not depend on how a kernel is laid out.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#else
+constexpr int BYTES = 32;
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct Vector {
+    static constexpr int lanes = BYTES / sizeof(T);
+    typedef T type __attribute__((vector_size(BYTES)));
+};
+template <class T>
+using Vec = typename Vector<T>::type;
+template <class T>
+constexpr int LANES = Vector<T>::lanes;
+
+using Ints = Vec<int32_t>;
+using Longs = Vec<int64_t>;
+
+INLINE int rounded_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T>
+INLINE Vec<T> load(const T *p) {
+    Vec<T> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class T>
+INLINE void store(T *p, Vec<T> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+// The first `count` elements (all if it is larger, none below 1), zeros behind them; nothing behind them is touched.
+#if defined(__AVX512F__)
+INLINE __mmask16 first(int count) { return __mmask16(count > 0 ? 0xffffu >> (count < 16 ? 16 - count : 0) : 0); }
+INLINE Vec<float> load_some(const float *p, int count) { return (Vec<float>)_mm512_maskz_loadu_ps(first(count), p); }
+INLINE Vec<double> load_some(const double *p, int count) {
+    return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(first(count < 8 ? count : 8)), p);
+}
+INLINE void store_some(float *p, Vec<float> v, int count) { _mm512_mask_storeu_ps(p, first(count), (__m512)v); }
+INLINE void store_some(double *p, Vec<double> v, int count) {
+    _mm512_mask_storeu_pd(p, __mmask8(first(count < 8 ? count : 8)), (__m512d)v);
+}
+#else
+template <class T>
+INLINE Vec<T> load_some(const T *p, int count) {
+    if (count >= LANES<T>) return load(p);
+    Vec<T> v = {};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+}
+
+template <class T>
+INLINE void store_some(T *p, Vec<T> v, int count) {
+    if (count >= LANES<T>) return store(p, v);
+    for (int i = 0; i < count; i++) p[i] = v[i];
+}
+#endif
+
+template <class T>
+INLINE Vec<T> all(T x) {
+    return x - Vec<T>{};
+}
+
+// a b + c, rounded once where the machine can: the same everywhere, as the compiler may not contract by itself.
+template <class T>
+INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+    return a * b + c;
+}
+#if defined(__AVX512F__)
+template <>
+INLINE Vec<float> fma<float>(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+template <>
+INLINE Vec<double> fma<double>(Vec<double> a, Vec<double> b, Vec<double> c) {
+    return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__FMA__)
+template <>
+INLINE Vec<float> fma<float>(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+template <>
+INLINE Vec<double> fma<double>(Vec<double> a, Vec<double> b, Vec<double> c) {
+    return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#endif
+
+// e^x; a NaN stays one. float: Cephes' polynomial, 2 ulp; double: the library's, lane by lane.
+template <class T>
+INLINE Vec<T> exp(Vec<T> x);
+
+template <>
+INLINE Vec<double> exp<double>(Vec<double> x) {
+    for (int i = 0; i < LANES<double>; i++) x[i] = std::exp(x[i]);
+    return x;
+}
+
+template <>
+INLINE Vec<float> exp<float>(Vec<float> x) {
+    const Vec<float> low = all(-87.3f), high = all(88.3f), magic = all(12582912.0f);  // 1.5 * 2^23 rounds to integers
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Vec<float> shifted = fma<float>(x, all(1.44269504088896341f), magic);
+    const Vec<float> n = shifted - magic;
+    Vec<float> r = fma<float>(n, all(-0.693359375f), x);
+    r = fma<float>(n, all(2.12194440e-4f), r);
+    Vec<float> p = all(1.9875691500e-4f);
+    p = fma<float>(p, r, all(1.3981999507e-3f));
+    p = fma<float>(p, r, all(8.3334519073e-3f));
+    p = fma<float>(p, r, all(4.1665795894e-2f));
+    p = fma<float>(p, r, all(1.6666665459e-1f));
+    p = fma<float>(p, r, all(5.0000001201e-1f));
+    p = fma<float>(p, r * r, r) + all(1.0f);
+    const Ints power = ((Ints)shifted - (Ints)magic + 127) << 23;
+    return p * (Vec<float>)power;
+}
+
+template <class T>
+INLINE Vec<T> silu(Vec<T> x) {
+    return x / (all(T(1)) + exp<T>(-x));
+}
+
+// ---- sums over lanes: always (l, l + V/2), then (l, l + V/4), ... ---------------------------------------------------
+
+template <class T>
+struct Index {
+    using type = Ints;
+};
+template <>
+struct Index<double> {
+    using type = Longs;
+};
+
+// Lanes of the groups of `width` of a and b, interleaved: their lower halves, or their upper halves.
+template <class T, int WIDTH>
+INLINE Vec<T> halves(Vec<T> a, Vec<T> b, bool upper) {
+    constexpr int V = LANES<T>, HALF = WIDTH / 2;
+    typename Index<T>::type mask = {};
+    for (int p = 0; p < V; p++) {
+        const int group = p / HALF;
+        mask[p] = group / 2 * WIDTH + p % HALF + (upper ? HALF : 0) + (group % 2 ? V : 0);
+    }
+    return __builtin_shuffle(a, b, mask);
+}
+
+template <class T, int WIDTH = LANES<T>>
+INLINE void fold_lanes(Vec<T> *v) {
+    if constexpr (WIDTH > 1) {
+        constexpr int HALF = WIDTH / 2;
+        for (int i = 0; i < HALF; i++) {
+            v[i] = halves<T, WIDTH>(v[i], v[i + HALF], false) + halves<T, WIDTH>(v[i], v[i + HALF], true);
+        }
+        fold_lanes<T, HALF>(v);
+    }
+}
+
+// Lane r of the result is the sum of the lanes of v[r]; v [V] is overwritten.
+template <class T>
+INLINE Vec<T> sums(Vec<T> *v) {
+    fold_lanes<T>(v);
+    return v[0];
+}
+
+template <class T>
+INLINE T sum(Vec<T> v) {
+    T part[LANES<T>];
+    store(part, v);
+    for (int half = LANES<T> / 2; half; half /= 2) {
+        for (int l = 0; l < half; l++) part[l] += part[l + half];
+    }
+    return part[0];
+}
+
+// The sum over lanes of sum_i a_i b_i for n elements, zeros behind them.
+template <class T>
+INLINE T dot(const T *a, const T *b, int n) {
+    Vec<T> s = {};
+    for (int c = 0; c < n; c += LANES<T>) s = fma<T>(load_some(a + c, n - c), load_some(b + c, n - c), s);
+    return sum<T>(s);
+}
+
+// v [V][V] transposed in place: the same interleaving, without sums.
+template <class T, int WIDTH = LANES<T>>
+INLINE void transpose(Vec<T> *v) {
+    constexpr int V = LANES<T>;
+    if constexpr (WIDTH > 1) {
+        Vec<T> next[V];
+        for (int block = 0; block < V; block += WIDTH) {  // rows block.. hold the lanes with the same leading bits
+            for (int i = 0; i < WIDTH / 2; i++) {
+                const Vec<T> a = v[block + i], b = v[block + i + WIDTH / 2];
+                next[block + i] = halves<T, WIDTH>(a, b, false);
+                next[block + WIDTH / 2 + i] = halves<T, WIDTH>(a, b, true);
+            }
+        }
+        for (int i = 0; i < V; i++) v[i] = next[i];
+        transpose<T, WIDTH / 2>(v);
+    }
+}
