@@ -151,7 +151,7 @@ chromium:
 	fi; \
 	echo "WARNING: no chromium and no way to install it here: the browser tests will be skipped" >&2
 
-RUN_WEB = PYTHONPATH=$(WEB)/python OMP_NUM_THREADS=1 $(BIN)/pytest -m web -n 0 -o timeout=900
+RUN_WEB = PYTHONPATH=$(WEB)/python OMP_NUM_THREADS=1 $(BIN)/pytest -m web -n 0 -o timeout=1800
 .PHONY: test-web
 test-web: venv chromium $(WEB)/.installed-$(AXE) ## the web page in a real browser, with hope-nano behind it
 	@$(RUN_WEB) tests/web --durations=5 $(ARGS)

@@ -63,7 +63,8 @@ async function begin() {
   try {
     await api.models();
   } catch (error) {
-    if (error.status === 401) return askForKey("The server asks for a key.");
+    const why = api.keyOf("key") ? "The server does not know this key." : "The server asks for a key.";
+    if (error.status === 401) return askForKey(why);
   }
   await fillModels();
   await open();

@@ -64,7 +64,7 @@ def test_keyboard_only(visit: Open, new_id: str) -> None:
     tab.wait_for_version(2)
     tab_to(page, "v1")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.activeElement.getAttribute('aria-pressed') === 'true'")
+    page.wait_for_function("() => document.activeElement.getAttribute('aria-pressed') === 'true'")
     tab_to(page, "Restore")
     page.keyboard.press("Enter")
     tab.wait_for_version(3)

@@ -79,7 +79,7 @@ def test_stop_leaves_the_memory_alone(visit: Open, new_id: str, server: Any) -> 
     )
     tab.page.fill("#text", "Tell me more")
     tab.page.press("#text", "Enter")
-    tab.page.wait_for_function("document.querySelector('#log > li:last-child .text').textContent.length > 20")
+    tab.page.wait_for_function("() => document.querySelector('#log > li:last-child .text').textContent.length > 20")
     tab.press("Stop")
     tab.page.locator("#stop").wait_for(state="hidden")
     assert tab.page.input_value("#text") == "Tell me more"

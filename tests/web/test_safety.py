@@ -64,6 +64,12 @@ def open_admin(tab: Any, key: str = ADMIN_KEY) -> None:
     tab.page.get_by_role("region", name="Sessions of all tenants").wait_for()
 
 
+def enter_key(tab: Any, asked: str, key: str) -> None:
+    tab.page.get_by_text(asked).wait_for()
+    tab.page.fill("#dialog-input", key)
+    tab.page.keyboard.press("Enter")
+
+
 def test_the_key_stays_in_the_tab(start_server: Callable[..., Any], visit: Open, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"anne {KEY}\n")
@@ -72,9 +78,8 @@ def test_the_key_stays_in_the_tab(start_server: Callable[..., Any], visit: Open,
     urls: list[str] = []
     tab.page.on("request", lambda request: urls.append(request.url))
     tab.page.goto(f"{server.url}/")
-    tab.page.locator("#dialog").wait_for(state="visible")
-    tab.answer("a-wrong-key-indeed")
-    tab.page.locator("#dialog").wait_for(state="visible")
+    enter_key(tab, "The server asks for a key", "a-wrong-key-indeed")
+    tab.page.get_by_text("The server does not know this key").wait_for()
     assert tab.page.get_attribute("#dialog-input", "type") == "password"
     tab.answer(KEY)
     tab.page.locator("#model option").first.wait_for(state="attached")
@@ -91,8 +96,8 @@ def test_the_key_stays_in_the_tab(start_server: Callable[..., Any], visit: Open,
     other.page.locator("#dialog").wait_for(state="visible")  # another tab has not
     assert other.page.evaluate("sessionStorage.getItem('nested.key')") is None
     tab.press("API key…")
-    tab.answer("")
-    tab.page.locator("#dialog").wait_for(state="visible")  # forgotten, and asked for again
+    enter_key(tab, "Needed if", "")
+    tab.page.get_by_text("The server asks for a key").wait_for()  # forgotten, and asked for again
     assert tab.page.evaluate("sessionStorage.getItem('nested.key')") is None
 
 
