@@ -16,7 +16,7 @@ from nested_runtime.memory.level import Level
 __all__ = ["BLOCKS", "OPTIMIZER", "RANK", "RATE", "Stack", "fresh_starts", "stacked_levels"]
 
 # Measured on a small Llama, docs/log.md 2026-11-26.
-RANK, BLOCKS, OPTIMIZER, RATE = 16, "last-quarter", "gd", 0.01
+RANK, BLOCKS, OPTIMIZER, RATE = 16, "last-quarter", "adam", 0.02
 SHARES = {"all": 1.0, "last-half": 0.5, "last-quarter": 0.25}
 
 

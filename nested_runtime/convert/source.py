@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,24 @@ __all__ = ["Source"]
 MAX_JSON = 64 << 20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+UNSAFE = (
+    "loading those can run code, so they are refused. Use a safetensors version of the checkpoint (docs/convert.md)"
+)
+NESTED_LEARNING = re.compile(r"blocks\.[0-9]+\.(attn\.qkv|selfmod|titan_memory|cms\.blocks)\b")
+
 
 class Source:
     """The folder's config and where each tensor lies."""
 
     def __init__(self, folder: Path) -> None:
+        if folder.is_file() and folder.suffix in PICKLES:
+            raise CheckpointError(f"{folder} is a pickle file; {UNSAFE}")
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; give one with config.json and *.safetensors")
         self.folder = folder
+        self._refuse_nested_learning()
+        if not (folder / "config.json").exists() and any(p.suffix in PICKLES for p in folder.iterdir()):
+            raise CheckpointError(self._why_no_weights())
         self.config = self.json("config.json")
         for file in ("config.json", "tokenizer_config.json"):
             if "auto_map" in self.json(file, optional=True):
@@ -35,6 +46,15 @@ class Source:
         if "quantization_config" in self.config:
             raise CheckpointError(f"{folder / 'config.json'}: the weights are quantized; use the original checkpoint")
         self.files = self._index()
+
+    def _refuse_nested_learning(self) -> None:
+        path = self.folder / "model.safetensors"
+        if path.is_file() and any(NESTED_LEARNING.match(name) for name in self._names(path)):
+            raise CheckpointError(
+                f"{path} holds a model of the nested-learning package. None of its block variants is a model of this "
+                "runtime: attention without positions, with a LayerNorm behind it, MLPs with a LayerNorm and biases, "
+                "update rules of its own. Its weights would compute something else here; train anew with nested-train"
+            )
 
     def json(self, name: str, *, optional: bool = False) -> dict[str, Any]:
         """An object from a JSON file of the folder; {} if it may be and is absent."""
@@ -82,10 +102,7 @@ class Source:
     def _why_no_weights(self) -> str:
         pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
         if pickles:
-            return (
-                f"{self.folder} holds its weights as pickle files only ({', '.join(pickles[:3])}); loading those can "
-                "run code, so they are refused. Use a safetensors version of the checkpoint"
-            )
+            return f"{self.folder} holds its weights as pickle files only ({', '.join(pickles[:3])}); {UNSAFE}"
         return f"{self.folder}: model.safetensors is missing"
 
     def _names(self, path: Path) -> list[str]:

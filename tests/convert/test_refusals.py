@@ -81,6 +81,26 @@ def test_pickles_are_never_opened(source: Path) -> None:
     assert not owned.exists()
 
 
+def test_a_pickle_given_by_name_or_alone_is_not_opened(tmp_path: Path) -> None:
+    """What training frameworks leave: step_000100.pt, without a config.json."""
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "step_000100.pt"
+    file.write_bytes(f"cos\nsystem\n(S'touch {tmp_path / 'owned'}'\ntR.".encode())
+    assert "is a pickle file; loading those can run code" in refusal(file)
+    assert "pickle files only (step_000100.pt)" in refusal(tmp_path / "run")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["attn.qkv.weight", "selfmod.m_k.weight", "cms.blocks.fast.net.1.weight"])
+def test_a_model_of_the_nested_learning_package_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    (tmp_path / "source").mkdir()
+    tensors = {"embed.weight": torch.zeros(8, 4), f"blocks.0.{name}": torch.zeros(12, 4)}
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    message = refusal(tmp_path / "source")
+    assert "holds a model of the nested-learning package" in message
+    assert "train anew" in message
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_of_a_checkpoint_is_never_run(source: Path, file: str) -> None:
     edit(source / file, auto_map={"AutoModelForCausalLM": "evil.Model"})

@@ -86,3 +86,34 @@ def test_a_session_without_its_keys_reads_like_a_fresh_one_anywhere(model: Langu
     engine.submit(later)
     drain(engine)
     assert fresh.output == later.output
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_levels_outlive_the_keys_and_values_that_are_not_kept(kept: int, build_model: BuildModel) -> None:
+    """A state cut in the middle of a chunk goes on: the levels step at the chunk's end, however it is scheduled."""
+    model = build_model("hope-attention+stacked", torch.float64)
+    first = Engine(model, capacity=1)
+    first.submit(turn("a", 11))  # 14 tokens in the state, chunks of 4
+    result = drain(first)[0][-1].result
+    assert result is not None
+    row = sum(s.num_bytes // s.shape[0] for s in first.specs if s.grows)
+    cut = newest_rows(first.specs, result.state, kept * row + row // 2)
+    assert {len(cut[s.name]) for s in first.specs if s.grows} == {kept}
+    assert all(cut[s.name] is result.state[s.name] for s in first.specs if not s.grows)
+    assert int(cut["chunk.count"]) == 2
+    after = []
+    for budget, others in ((32, 0), (2, 0), (32, 2)):
+        engine = Engine(model, capacity=3, max_batch_tokens=budget)
+        later = turn("b", 9)
+        later.position, later.state = result.position, cut
+        engine.submit(later)
+        for n in range(others):
+            engine.submit(turn("other" * (n + 1), 7 + n))
+        ends = {event.sequence_id: event for event in drain(engine)[0] if event.finish is not None}
+        assert ends["b"].error is None
+        after.append(ends["b"].result)
+        assert after[-1] is not None
+        assert (after[-1].updates, after[-1].refused) == (3, 0)  # at 16, 20 and 24 of 26
+    for other in after[1:]:
+        for name, tensor in after[0].state.items():
+            torch.testing.assert_close(other.state[name], tensor, rtol=0.0, atol=1e-10, msg=lambda m, n=name: n + m)

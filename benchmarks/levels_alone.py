@@ -1,6 +1,8 @@
-"""Does learning from a user's earlier session help with the next one? Losses with the levels carried, reset, foreign.
+"""Do levels alone help with a user's next session, when keys and values are not kept? Carried, reset, foreign.
 
-    python benchmarks/adaptation.py --users 64 build/converted build/meta-trained
+    python benchmarks/levels_alone.py --users 64 build/converted build/meta-trained
+
+For converted models beside the transformer they were (`nested-eval adaptation` carries whole memories of any family).
 
 Every user is a held-out memory dialogue (phrasings and values that training never draws), cut into two sessions: facts
 told first, the rest later. The second is read with nothing of the first but what the levels learned:
