@@ -1,0 +1,1 @@
+"""Adaptive levels of many sessions at once: what their deltas add, and the steps they take."""
