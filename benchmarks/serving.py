@@ -37,6 +37,7 @@ class Load:
     prompt_chars: int
     tokens: int
     seconds: float
+    name: str = "bench"  # sessions begin with it
 
 
 @dataclass
@@ -121,7 +122,7 @@ async def measure(load: Load, clients: int, *, memory: bool) -> Result:
 
         async def one(name: int) -> None:
             number = 0
-            session = f"bench-{os.getpid()}-{clients}-{name}" if memory else None
+            session = f"{load.name}-{os.getpid()}-{clients}-{name}" if memory else None
             while time.perf_counter() - began < load.seconds:
                 number += 1
                 await ask(client, load, session, number, seen)
@@ -129,7 +130,7 @@ async def measure(load: Load, clients: int, *, memory: bool) -> Result:
         await asyncio.gather(*(one(name) for name in range(clients)))
         seconds = time.perf_counter() - began
         for name in range(clients if memory else 0):
-            await client.delete(f"/v1/sessions/bench-{os.getpid()}-{clients}-{name}")
+            await client.delete(f"/v1/sessions/{load.name}-{os.getpid()}-{clients}-{name}")
     if not seen.whole:
         raise SystemExit(f"no request of {clients} clients was answered ({seen.errors} errors)")
     return Result(

@@ -4,7 +4,7 @@
 
 commit = encode + compress + store; load = read + decompress + decode + verify every checksum. The state is measured
 as it is after a text (`read`) and with every element random (`full`, the worst case for compression and size). On a
-busy machine look at the cpu columns: the mean work of this process, waiting left out.
+busy machine look at the cpu columns: the mean work of this process, waiting left out, and that of Redis for both.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import redis
 import torch
 
 from nested_runtime.core import SamplingParams, Sequence
@@ -116,6 +117,14 @@ def own_redis(folder: Path) -> Iterator[str]:
         process.wait()
 
 
+def server_cpu(url: str) -> float:
+    """CPU seconds the store's own process has used; 0 where it has none."""
+    if not url.startswith("redis"):
+        return 0.0
+    used = redis.Redis.from_url(url).info("cpu")
+    return float(used["used_cpu_sys"]) + float(used["used_cpu_user"])
+
+
 async def measure_all(urls: dict[str, str], config: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
     """One row per store, state and form at rest."""
     specs, known = states(config, 512)
@@ -125,7 +134,9 @@ async def measure_all(urls: dict[str, str], config: dict[str, Any], rounds: int)
             for kind, tensors in known.items():
                 for at_rest in AT_REST:
                     row = {"store": name, "durability": store.durability, "state": kind, "at_rest": at_rest}
-                    rows.append(row | await measure(store, specs, tensors, at_rest, rounds))
+                    began = server_cpu(url)
+                    row |= await measure(store, specs, tensors, at_rest, rounds)
+                    rows.append(row | {"store_cpu_ms": round(1000 * (server_cpu(url) - began) / rounds, 2)})
     return rows
 
 
