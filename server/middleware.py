@@ -146,7 +146,10 @@ class Gate:
         return bounded
 
     def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the request body is over the limit of {self._max_body_bytes} bytes; send less")
+        return HTTPException(
+            413,
+            f"the request body is over the limit of {self._max_body_bytes} bytes; send less, or raise --max-body-bytes",
+        )
 
     def _said(self, scope: Scope, status: int, seconds: float) -> dict[str, Any]:
         state = scope["state"]

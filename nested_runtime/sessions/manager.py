@@ -143,6 +143,14 @@ class SessionManager:
         self.vault.forget(key)
         return existed
 
+    async def delete_snapshot(self, key: SessionKey, snapshot: str, expect: int | None = None) -> bool:
+        """Forget a snapshot, and its version if nothing else keeps it. False if there was none."""
+        if expect is None:
+            return await self.vault.store.delete_snapshot(key, snapshot)
+        async with self.vault.hold(key):
+            await self.vault.versions(key, expect)
+            return await self.vault.store.delete_snapshot(key, snapshot)
+
     async def levels(self, key: SessionKey, number: int | None = None) -> tuple[Version, list[LevelReport]]:
         """The memory levels of a kept version, the head when None, beside the version it was made from."""
         version = await self.version(key, number)

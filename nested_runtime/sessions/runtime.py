@@ -154,7 +154,8 @@ class Runtime:
             record=_record(turn, plan, finished) if kind == "turn" else None,
             answer=_stored(turn, finished, self.vault.store.limits.answer_bytes),
         )
-        return finished
+        # A replica or disk may have failed to confirm this very commit: then it is less durable than was said before.
+        return replace(finished, session=replace(report, durability=self.vault.store.durability))
 
     async def _replayed(self, turn: Turn, key: SessionKey) -> Finished | None:
         """The answer this request already got, if its key was answered; RequestError when the body differs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -188,11 +188,15 @@ class Vault:
         return self.residents.forget(() if tenant is None else (tenant,))
 
     async def forget_deleted(self) -> None:
-        """Drop resident copies of sessions that another server deleted."""
-        for tenant, session in {(name[0], name[1]) for name in self.residents}:
-            key = SessionKey(tenant, session)
-            if await self.store.head(key) is None:
-                self.forget(key)
+        """Drop resident copies of what is not kept any more: another server may have erased it and reused the id."""
+        of_session = defaultdict(list)
+        for name in self.residents:
+            of_session[name[:2]].append(name)
+        for (tenant, session), names in of_session.items():
+            kept = {version.digest for version in await self.store.versions(SessionKey(tenant, session))}
+            for name in names:
+                if name[2] not in kept:
+                    self.residents.forget(name)
 
 
 def zeros(specs: tuple[TensorSpec, ...]) -> dict[str, torch.Tensor]:

@@ -113,9 +113,9 @@ async def list_snapshots(key: Named, service: ServiceDep) -> dict[str, Any]:
 
 
 @router.delete("/{id}/snapshots/{snapshot}")
-async def delete_snapshot(key: Named, snapshot: str, service: ServiceDep) -> dict[str, Any]:
+async def delete_snapshot(key: Named, snapshot: str, service: ServiceDep, expected: Expected) -> dict[str, Any]:
     """Forget a snapshot."""
-    if not await service.store.delete_snapshot(key, snapshot):
+    if not await service.manager.delete_snapshot(key, snapshot, expected):
         raise NotFound(f"session {key.session!r} has no snapshot {snapshot!r}; list its snapshots")
     return {"snapshot": snapshot, "deleted": True}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +41,23 @@ class User(threading.Thread):
                     self.problems.append("503 without a useful Retry-After")
                 else:
                     time.sleep(0.02)
+
+
+def test_the_durability_named_is_that_of_this_commit(serve: Any, redis: Any, turn: Any) -> None:
+    """The replica dies between two turns: the second is not said to be acknowledged by it."""
+    leader, follower = redis("everysec"), redis("everysec")
+    follower.send(f"REPLICAOF 127.0.0.1 {leader.port}")
+    with serve(leader.url).client() as http:
+
+        def named() -> str:
+            return str(turn(http, "my name is Ada", "s").json()["session"]["durability"])
+
+        deadline = time.monotonic() + 60
+        while named() != "acked":
+            assert time.monotonic() < deadline
+            assert http.get("/ready").status_code == 200  # looks at the durability again
+        os.kill(follower.process.pid, signal.SIGSTOP)
+        assert named() == "memory"
 
 
 @pytest.mark.faults

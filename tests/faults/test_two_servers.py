@@ -115,6 +115,23 @@ def test_a_snapshot_outlives_servers(serve: Any, store_url: str, turn: Any, sett
         assert once_more["session"]["digest"] == expected["session"]["digest"]
 
 
+def test_erased_copies_go_though_the_id_is_used_again(serve: Any, store_url: str, turn: Any) -> None:
+    """A server that did not see the deletion drops what it held, although the session exists again."""
+    servers = [serve(store_url, "--sweep-seconds", "0.5") for _ in range(2)]
+
+    def resident(http: httpx.Client) -> int:
+        return int(http.get("/admin/stats", headers=ADMIN).json()["resident"]["states"])
+
+    with servers[0].client() as first, servers[1].client() as second:
+        turn(second, "my name is Ada", "again")
+        assert resident(second) == 1
+        assert first.delete("/v1/sessions/again").status_code == 200
+        turn(first, "something else", "again")
+        until(lambda: resident(second) == 0)
+        time.sleep(1.2)
+        assert resident(first) == 1  # what is kept stays resident
+
+
 def test_deleted_is_gone_everywhere(serve: Any, store_url: str, turn: Any, healthy: Any) -> None:
     """P9: no copy on the other server, no answer to replay, no snapshot; the id starts afresh; reset = fresh."""
     servers = [serve(store_url, "--sweep-seconds", "0.5") for _ in range(2)]

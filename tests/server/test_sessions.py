@@ -110,7 +110,12 @@ def test_if_match_guards_every_change(client: httpx.Client, chat: Chat) -> None:
         assert refused.json()["error"]["code"] == "version_conflict"
     assert client.get("/v1/sessions/guarded-fork").status_code == 404
     assert client.get("/v1/sessions/guarded/snapshots").json()["data"] == []
-    assert client.post("/v1/sessions/guarded/snapshot", headers=current).json()["version"] == 2
+    made = client.post("/v1/sessions/guarded/snapshot", headers=current).json()
+    assert made["version"] == 2
+    snapshot = f"/v1/sessions/guarded/snapshots/{made['snapshot']}"
+    assert client.delete(snapshot, headers=stale).status_code == 409
+    assert client.delete(snapshot, headers=current).json() == {"snapshot": made["snapshot"], "deleted": True}
+    assert client.delete(snapshot, headers=current).status_code == 404
     assert client.post("/v1/sessions/guarded/fork", json={"id": "guarded-fork"}, headers=current).status_code == 200
     assert client.delete("/v1/sessions/guarded", headers=current).json()["deleted"]
     assert client.delete("/v1/sessions/guarded", headers=current).status_code == 409  # it is at version 0 now

@@ -131,10 +131,10 @@ def test_a_replica_is_killed_and_restarted(
     running = threading.Thread(target=traffic.run, args=(sessions, length))
     running.start()
     victim = made.replicas[0]
-    until(lambda: traffic.done >= whole // 3, 300)
+    until(lambda: traffic.done >= whole // 3 or not running.is_alive(), 900)
     victim.stop(signal.SIGKILL)
     at_kill = traffic.done
-    until(lambda: traffic.done >= whole // 2 or not running.is_alive(), 300)
+    until(lambda: traffic.done >= whole // 2 or not running.is_alive(), 900)
     victim.start()
     running.join(900)
     assert not running.is_alive()
