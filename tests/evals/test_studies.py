@@ -30,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], out: Path, *argv: str) -> tuple[str,
 
 def test_a_round_of_recall_asks_for_the_newest_values() -> None:
     for seed in range(20):
-        session = small_setting.recall_round(random.Random(seed), range(100, 148))
+        session = small_setting.recall_round(random.Random(seed))
         asked = np.flatnonzero(session.weights == Weights.value)[::2]  # the first of the two tokens of a value
         tokens = session.tokens.tolist()
         assert 4 <= len(asked) <= 10
