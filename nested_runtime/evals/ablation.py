@@ -24,7 +24,7 @@ from nested_runtime.evals.small_setting import SmallTrainer, small_config
 __all__ = ["ROWS", "WHAT", "arguments", "run"]
 
 WHAT = "train HOPE without its parts and the controls in a small setting, over several seeds"
-TOKENS = 100_000
+TOKENS = 70_000
 CHUNK = {"chunk": 32}
 CMS = {"levels": [{"chunk": 64, "hidden": 64, "rate": 0.02}]}
 

@@ -1,4 +1,4 @@
-"""The trainer's small setting: models of 0.1M parameters that begin to learn associative recall in 100 steps.
+"""The trainer's small setting: models of 40,000 parameters that begin to learn associative recall in 70 steps.
 
 It is `train.trainer.Trainer` on sessions of another kind: rounds of keys with values of two tokens, noise, a third of
 the keys told again with another value, then every key asked. Memory is carried from segment to segment, so earlier
@@ -24,8 +24,8 @@ from nested_runtime.train.vocabulary import train_tokenizer
 
 __all__ = ["SHAPE", "NoCorpus", "SmallTrainer", "recall_round", "small_config", "tokenizer_of"]
 
-VOCAB, SPECIAL = 512, 5
-SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "dim": 64, "blocks": 2, "heads": 2, "head_dim": 32, "mlp_ratio": 2}
+VOCAB, SPECIAL = 64, 5
+SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "dim": 64, "blocks": 1, "heads": 2, "head_dim": 32, "mlp_ratio": 2}
 LANES, LENGTH = 8, 128
 SEGMENTS = 2  # of a session
 DEV_SEED = 777
