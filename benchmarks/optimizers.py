@@ -26,7 +26,7 @@ from nested_runtime.optim.base import InnerRule, build_rule
 from nested_runtime.optim.optimizer import deep_optimizer
 from nested_runtime.registry import OPTIMIZERS
 
-TOY_RATES = [10 ** (-x / 8) for x in range(8, 36)]
+TOY_RATES = [10 ** (-x / 8) for x in range(36)]
 TOY_STEPS, TOY_GOAL = 800, 1e-6
 # Options of the toy: every optimizer with a momentum may choose it, as in NL section 4.4.
 TOY_OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
@@ -38,9 +38,9 @@ TOY_OPTIONS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 }  # Muon, M3 and DGD are for matrices: on two numbers they are Adam or GD
 RATES: Mapping[str, Sequence[float]] = {
     "gd": (0.03, 0.1, 0.3, 1.0),
-    "momentum": (0.003, 0.01, 0.03, 0.1),
+    "momentum": (0.01, 0.03, 0.1, 0.3),
     "dgd": (0.03, 0.1, 0.3, 1.0),
-    "delta-momentum": (0.003, 0.01, 0.03, 0.1),
+    "delta-momentum": (0.01, 0.03, 0.1, 0.3),
     "deep-momentum": (0.1, 0.2, 0.3, 0.5),
     "adam": (0.001, 0.003, 0.01, 0.03),
     "muon": (0.003, 0.01, 0.03, 0.1),

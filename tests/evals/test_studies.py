@@ -95,7 +95,10 @@ def leveled(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     tokenizer: Tokenizer = small_setting.tokenizer_of(512)
     torch.manual_seed(3)
     levels = [{"chunk": 16, "hidden": 8, "rate": 0.05}, {"chunk": 32, "hidden": 8, "rate": 0.05}]
-    model = build("hope", {**small_setting.SHAPE, "dim": 16, "head_dim": 8, "chunk": 8, "levels": levels})
+    model = build(
+        "hope",
+        {**small_setting.SHAPE, "vocab_size": 512, "blocks": 2, "dim": 16, "head_dim": 8, "chunk": 8, "levels": levels},
+    )
     folder = tmp_path_factory.mktemp("leveled") / "model"
     save_model(folder, "hope", model, tokenizer, dtype=torch.float32)
     return load(str(folder))
