@@ -58,6 +58,10 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.users < 2 or args.sessions < 2:
         raise ConfigError(f"--users and --sessions must be at least 2, got {args.users} and {args.sessions}")
     loaded = load(args.model or "hope-nano")
+    if any(spec.grows for spec in loaded.model.state_spec()):
+        raise ConfigError(
+            f"adaptation compares memories of a fixed size, but that of {loaded.id!r} grows with its tokens"
+        )
     tokens, weights = users(loaded.tokenizer, args.users, args.sessions, args.length, args.seed)
     models = {"as it is": loaded.model}
     if loaded.model.update_chunk:

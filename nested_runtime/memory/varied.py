@@ -11,7 +11,7 @@ Without changes it is `SelfModifying`, computed in another way. There is no comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -38,11 +38,11 @@ class VariedSelfModifying(SelfModifying):
 
     def __init__(
         self, dim: int, heads: int, head_dim: int, options: RuleOptions, conv_width: int = 4,
-        changes: Iterable[str] = (),
+        changes: Collection[str] = (),
     ) -> None:  # fmt: skip
-        self.changes = frozenset(changes)
-        if unknown := sorted(str(name) for name in self.changes - set(CHANGES)):
+        if unknown := [change for change in changes if change not in CHANGES]:
             raise ConfigError(f"changes: unknown {unknown[0]!r}; known: {', '.join(CHANGES)}")
+        self.changes = frozenset(changes)
         if options.retain != "start":
             raise ConfigError(f"changes need retain 'start', got {options.retain!r}")
         super().__init__(dim, heads, head_dim, options, conv_width)
@@ -52,7 +52,7 @@ class VariedSelfModifying(SelfModifying):
         if self.adapts_q:
             self.base_q = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
             self.rate_q = nn.Parameter(torch.full((heads,), SELF_RATE))
-        # The gradient at the anchor sums up over a chunk with nothing erased: a contraction only for eta <= 1/C.
+        # Gradients at the anchor add up over a chunk, nothing being erased: a contraction (without momentum) to 1/C.
         self.eta_max = 1.0 / options.chunk if "gd" in self.changes else ETA_MAX
 
     @property

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from nested_runtime.evals import ablation, adaptation, small_setting
 from nested_runtime.evals.cli import main
 from nested_runtime.models.loading import LoadedModel, build, load, save_model
+from nested_runtime.registry import FAMILIES
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.messages import Weights
 
@@ -154,3 +155,12 @@ def test_a_length_between_chunks_is_refused(leveled: LoadedModel, capsys: pytest
     with pytest.raises(SystemExit):
         main(["adaptation", "--users", "2", "--length", "40", "--model", str(leveled.folder)])
     assert "--length 40 must be a multiple of 16, the chunk" in capsys.readouterr().err
+
+
+def test_a_memory_that_grows_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    family = FAMILIES.get("hope-attention")
+    model = family.from_config({**family.TINY, "vocab_size": 512})
+    save_model(tmp_path / "grows", "hope-attention", model, small_setting.tokenizer_of(512))
+    with pytest.raises(SystemExit):
+        main(["adaptation", "--model", str(tmp_path / "grows")])
+    assert "'grows' grows with its tokens" in capsys.readouterr().err

@@ -167,5 +167,7 @@ def test_every_change_changes_what_is_read(change: str) -> None:
 def test_impossible_changes_are_named() -> None:
     with pytest.raises(ConfigError, match="unknown 'frozen'; known: momentum"):
         VariedSelfModifying(DIM, HEADS, K, RuleOptions(CHUNK), 3, ("frozen",))
+    with pytest.raises(ConfigError, match="unknown \\['gd'\\]"):
+        VariedSelfModifying(DIM, HEADS, K, RuleOptions(CHUNK), 3, (["gd"],))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="retain 'start', got 'zero'"):
         VariedSelfModifying(DIM, HEADS, K, RuleOptions(CHUNK, retain="zero"), 3, ("gd",))
