@@ -10,13 +10,14 @@ import { tab } from "./tab.js";
 const VIEWS = ["chat", "memory", "admin"];
 
 function show() {
-  const asked = location.hash.slice(1);
+  const asked = location.hash.replace("#show-", ""); // no element has this id: the browser would jump to it
   const view = VIEWS.includes(asked) ? asked : "chat";
   document.body.dataset.view = view;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  window.scrollTo(0, 0);
   admin.show(view === "admin");
 }
 

@@ -54,6 +54,7 @@ async function run(turn) {
   } finally {
     running = null;
     busy(false);
+    byId("ask").scrollIntoView({ block: "nearest" });
   }
 }
 
@@ -158,7 +159,9 @@ async function compare(turn, _asked, signal) {
     ]);
     [withMemory, without].forEach(({ body, half }, index) => {
       const found = ofReply(ends[index].tokens, ends[index].text);
-      if (found) body.replaceWith(found.text), half.append(found.numbers);
+      if (!found) return;
+      body.replaceWith(found.text);
+      half.append(found.numbers);
     });
     both.note("Nothing was learned.");
   } catch (error) {

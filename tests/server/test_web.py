@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +66,33 @@ def test_no_file_names_another_host_or_parses_text_as_html(name: str) -> None:
     assert not re.search(dangers, text)
     if name.endswith(".html"):
         assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=", text)
+
+
+def exports(module: str) -> set[str]:
+    text = (WEB / module).read_text(encoding="utf-8")
+    return set(re.findall(r"^export (?:async )?(?:function\*? |const |class )(\w+)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js")])
+def test_modules_import_what_others_export_and_find_their_elements(name: str) -> None:
+    text = (WEB / name).read_text(encoding="utf-8")
+    page = (WEB / "index.html").read_text(encoding="utf-8")
+    for names, module in re.findall(r'^import \{([^}]*)\} from "\./([\w.]+)";', text, re.MULTILINE):
+        exported = exports(module)
+        assert {one.strip() for one in names.split(",")} <= exported, module
+    for alias, module in re.findall(r'^import \* as (\w+) from "\./([\w.]+)";', text, re.MULTILINE):
+        exported = exports(module)
+        assert set(re.findall(rf"(?<![/\w]){alias}\.(\w+)", text)) <= exported, module
+    for name_of_element in re.findall(r'byId\("([\w-]+)"\)', text):
+        assert f'id="{name_of_element}"' in page, name_of_element
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js")])
+def test_modules_are_javascript(name: str) -> None:
+    command = ["node", "--input-type=module", "--check", "-"]
+    done = subprocess.run(command, input=(WEB / name).read_bytes(), capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_it_can_be_left_out(serve: Any, settings: Callable[..., Any]) -> None:

@@ -126,7 +126,7 @@ class Visit:
 
     def open(self, session: str | None = None, view: str = "chat") -> Visit:
         """Show the page with a session chosen as a person would."""
-        self.page.goto(f"{self.url}/" if view == "chat" else f"{self.url}/#{view}")
+        self.page.goto(f"{self.url}/" if view == "chat" else f"{self.url}/#show-{view}")
         self.page.locator("#model option").first.wait_for(state="attached")
         if session is not None:
             self.choose(session)
