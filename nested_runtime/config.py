@@ -54,6 +54,8 @@ class SessionConfig:
     resident_bytes     host memory for states of recently used sessions
     default_tokens     max_tokens of a request that names none
     at_rest            "exact", or "bf16": states are rounded to half their size after every turn
+    consolidate_after  seconds without a turn after which a server with nothing to do consolidates a session; 0 = never
+    consolidate_decay  what the faster levels lose of their deltas then, 0 to 1
     kept_kv_bytes      keys and values kept with a session between turns: the newest that fit; 0 = none
     """
 
@@ -64,9 +66,14 @@ class SessionConfig:
     default_tokens: int = 256
     at_rest: str = "exact"
     kept_kv_bytes: int = 64 << 20
+    consolidate_after: float = 0.0
+    consolidate_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, zero_allowed=("wait_seconds", "waiting", "resident_bytes", "kept_kv_bytes"))
+        optional = ("wait_seconds", "waiting", "resident_bytes", "kept_kv_bytes")
+        _check(self, zero_allowed=(*optional, "consolidate_after", "consolidate_decay"))
+        if self.consolidate_decay > 1:
+            raise ConfigError(f"consolidate_decay is {self.consolidate_decay!r}; give 0 to 1")
 
 
 def _check(config: EngineConfig | SessionConfig, zero_allowed: tuple[str, ...]) -> None:

@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from nested_runtime.errors import StoreError
+from nested_runtime.errors import NestedError, StoreError
+from nested_runtime.models.replay import Consolidation
 
 from . import errors, openapi, web
 from .deps import Service
@@ -78,14 +79,17 @@ async def running(service: Service) -> AsyncIterator[None]:
     try:
         for model in service.runtime.models.values():
             await model.backend.start()
-        sweeping = asyncio.create_task(_sweep(service))
+        chores = {asyncio.create_task(_sweep(service))}
+        if service.settings.sessions.consolidate_after:
+            chores.add(asyncio.create_task(_rest(service)))
         service.ready = True
         try:
             yield
         finally:
             service.ready = False
-            sweeping.cancel()
-            await asyncio.wait({sweeping})
+            for chore in chores:
+                chore.cancel()
+            await asyncio.wait(chores)
     finally:
         deadline = service.settings.drain_seconds
         await asyncio.gather(*(model.backend.drain(deadline) for model in service.runtime.models.values()))
@@ -102,3 +106,15 @@ async def _sweep(service: Service) -> None:
             await service.vault.forget_deleted()
         except StoreError as error:
             logger.warning("sweep skipped: %s", error)
+
+
+async def _rest(service: Service) -> None:
+    """While there is nothing else to do: sessions that have been idle for long enough consolidate."""
+    config = service.settings.sessions
+    wanted = Consolidation(decay=config.consolidate_decay)
+    while True:
+        await asyncio.sleep(min(config.consolidate_after, service.settings.sweep_seconds))
+        try:
+            await service.consolidator.rest(config.consolidate_after, wanted)
+        except NestedError as error:
+            logger.warning("consolidation given up: %s", error)

@@ -13,7 +13,7 @@ from nested_runtime.engine.engine import Engine
 from nested_runtime.engine.runner import state_specs
 from nested_runtime.errors import ConfigError
 from nested_runtime.models import loading
-from nested_runtime.sessions import Runtime, ServedModel, SessionManager, Vault
+from nested_runtime.sessions import Consolidator, Runtime, ServedModel, SessionManager, Vault
 from nested_runtime.store.base import StateStore
 from nested_runtime.store.url import open_store
 
@@ -126,6 +126,7 @@ def build_service(
         vault=vault,
         runtime=runtime,
         manager=SessionManager(vault, runtime.model),
+        consolidator=Consolidator(vault, runtime.model),
         metrics=metrics,
         answers=AnswerCache(),
         keys=keys or Keys(),

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from fastapi import Depends, Header, Request
 
 from nested_runtime.errors import NotFound, Overloaded, RequestError
-from nested_runtime.sessions import Runtime, ServedModel, SessionManager, Vault
+from nested_runtime.sessions import Consolidator, Runtime, ServedModel, SessionManager, Vault
 from nested_runtime.store.base import SessionKey, StateStore
 
 from .answers import AnswerCache
@@ -42,6 +42,7 @@ class Service:
     vault: Vault
     runtime: Runtime
     manager: SessionManager
+    consolidator: Consolidator
     metrics: Metrics
     answers: AnswerCache
     keys: Keys

@@ -79,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--at-rest", choices=("exact", "bf16"), help="how states are stored (default exact)")
     add("--session-ttl", type=float, metavar="SECONDS", help="idle sessions are deleted after this (default never)")
     add("--drain-seconds", type=float, help="how long SIGTERM waits for running turns (default 20)")
+    add("--consolidate-after", type=float, metavar="S", help="consolidate idle sessions when idle (default 0: never)")
+    add("--consolidate-decay", type=float, metavar="X", help="what faster levels lose then, 0 to 1 (default 0)")
     _add_limits(parser.add_argument_group("limits (the NESTED_<NAME> variables set them too)"))
     add("--log-ids", action="store_true", help="log tenant and session ids in plain text instead of hashes")
     add("--log-format", choices=("text", "json"), help="json: one object a line (default text)")

@@ -41,6 +41,11 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     reset.add_argument(
         "--level", metavar="NAME", action="append", help="only this level, e.g. fast or cms.1; may repeat"
     )
+    rest = action("consolidate", _consolidate, "let slower levels learn the recent tokens")
+    rest.add_argument("--passes", metavar="N", type=int, default=1, help="times they are read (default 1)")
+    rest.add_argument(
+        "--decay", metavar="X", type=float, default=0.0, help="what faster levels lose, 0 to 1 (default 0)"
+    )
     delete = action("delete", _delete, "erase a session with its snapshots and history, for good")
     delete.add_argument("--yes", action="store_true", help="do not ask")
     restore = action("restore", _restore, "go back to a snapshot or to a kept version")
@@ -97,6 +102,12 @@ def _reset(client: Client, args: argparse.Namespace, output: Output) -> int:
     info = client.session(args.session).reset(args.level)
     forgotten = ", ".join(args.level) if args.level else "everything"
     output.item(info, text=f"{args.session} forgot {forgotten}; it is at version {info.version}")
+    return 0
+
+
+def _consolidate(client: Client, args: argparse.Namespace, output: Output) -> int:
+    info = client.session(args.session).consolidate(passes=args.passes, decay=args.decay)
+    output.item(info, text=f"{args.session} consolidated; it is at version {info.version}")
     return 0
 
 

@@ -166,6 +166,12 @@ class _SessionAPI(_API):
         return _parse(SessionRef, answer.get("session") if isinstance(answer, dict) else answer)
 
     @operation
+    def consolidate(self, *, passes: int = 1, decay: float = 0.0) -> Flow[SessionInfo]:
+        """Let slower levels learn the recent tokens, as a new version; faster ones lose `decay` (0 to 1) of theirs."""
+        body = {"passes": passes, "decay": decay}
+        return _parse(SessionInfo, (yield from self._send(self._call("POST", "consolidate", json=body))))
+
+    @operation
     def export(self, progress: Callable[[int], object] = _nobody) -> Flow[bytes]:
         """The memory as one portable safetensors blob. `progress` is told the size of each piece that arrives."""
         response = yield from request(self._call("GET", "export", stream=True), self.retries)

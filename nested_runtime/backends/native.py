@@ -10,16 +10,19 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
 from nested_runtime.core import FinishReason, Sequence, TokenEvent
 from nested_runtime.engine.engine import Engine
 from nested_runtime.errors import ContextOverflow, NestedError, Overloaded, RequestError
+from nested_runtime.models.leveled import LeveledModel
+from nested_runtime.models.replay import Consolidation, Replay
 from nested_runtime.state.cache import StateCache
 
-__all__ = ["NativeBackend", "TokenStream"]
+__all__ = ["Consolidated", "NativeBackend", "TokenStream"]
 
 CHECK_SECONDS = 60.0
 EventQueue = asyncio.Queue[TokenEvent]
@@ -54,6 +57,15 @@ class TokenStream(AsyncIterator[TokenEvent]):
         if not self._is_over:
             self._is_over = True
             self._abort()
+
+
+@dataclass(frozen=True)
+class Consolidated:
+    """A session's state after a consolidation, the tokens that were read again, the levels that learned."""
+
+    state: Mapping[str, torch.Tensor]
+    tokens: int
+    levels: list[str]
 
 
 class NativeBackend:
@@ -157,23 +169,46 @@ class NativeBackend:
 
     async def check(self) -> list[str]:
         """Slot accounting, and whether every slot not in use is zero: one line per problem, empty = healthy."""
-        if self._loop is None or self._closed_because is not None:
-            return [f"model {self.model_id!r} takes no work: {self._closed_because}"]
-        found: asyncio.Future[list[str]] = self._loop.create_future()
-
-        def look() -> None:
-            problems = []
-            try:
-                self._engine.pool.check_integrity(deep=True)
-            except NestedError as error:
-                problems.append(f"model {self.model_id!r}: {error}")
-            self._call(lambda: None if found.done() else found.set_result(problems))
-
-        self._post(look)
         try:
-            return await asyncio.wait_for(found, CHECK_SECONDS)
+            await asyncio.wait_for(
+                self._between_steps(lambda: self._engine.pool.check_integrity(deep=True)), CHECK_SECONDS
+            )
         except TimeoutError:
             return [f"model {self.model_id!r}: its engine did not answer within {CHECK_SECONDS:g} s"]
+        except NestedError as error:
+            return [f"model {self.model_id!r}: {error}"]
+        return []
+
+    async def consolidate(
+        self, state: Mapping[str, torch.Tensor], wanted: Consolidation, stop: Callable[[], bool]
+    ) -> Consolidated | None:
+        """Let slower levels learn a session's recent tokens: its state after that, None if `stop` said so meanwhile.
+
+        The engine goes on: one piece, C_1 tokens, is read between two of its steps. UpdateDiverged: see Replay.
+        """
+        replay = Replay(cast(LeveledModel, self._engine.model), state, wanted)
+        while not replay.is_over:
+            if stop():
+                return None
+            await self._between_steps(replay.advance)
+        return Consolidated(replay.result(), len(replay.tokens), replay.into_names)
+
+    async def _between_steps(self, work: Callable[[], None]) -> None:
+        """Run something on the engine thread, before its next step; raises what it raises."""
+        if self._loop is None or self._closed_because is not None:
+            raise Overloaded(f"model {self.model_id!r} takes no work: {self._closed_because}", retry_after=5.0)
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def run() -> None:
+            error: Exception | None = None
+            try:
+                work()
+            except Exception as caught:  # noqa: BLE001 - reported to who waits
+                error = caught
+            self._call(_resolve, done, error)
+
+        self._post(run)
+        await done
 
     def stats(self) -> dict[str, Any]:
         """Engine.stats() and: streams, residents, resident_bytes, accepting (bool)."""

@@ -4,9 +4,9 @@
     while engine.has_work:
         for event in engine.step(): ...
 
-A step admits, plans, runs one packed forward pass, samples, ends the sequences that are done, and lets levels learn
-whose chunk is full (`updates.py`). Whether a sequence
-stops is decided inside the step, so its final state is a function of its tokens and never of timing.
+A step lets levels learn (`updates.py`), admits, plans, runs one packed forward pass, samples, and ends the sequences
+that are done. Whether a sequence stops is decided inside the step, so its final state is a function of its tokens and
+never of timing.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Engine:
                 if event.error is not None:
                     raise event.error
         self._counters.clear()
-        self.updates.num_steps = 0
+        self.updates.forget_figures()
 
     def forget_prefixes(self, prefix: tuple[str, ...]) -> None:
         """Drop the cached prompt prefixes whose cache_key starts with `prefix`."""
@@ -151,6 +151,8 @@ class Engine:
         """Run one step and return what happened since the last call."""
         for job in [job for job in self.scheduler.running if job.finishing and not job.is_prefilling]:
             self._complete(job, FinishReason.STOP)
+        if self.model.update_chunk:
+            self._update()
         while self.scheduler.waiting and self.pool.has_room(self._rows(self.scheduler.waiting[0].sequence)):
             self._start(self.scheduler.admit())
         plan = self.scheduler.plan()
@@ -159,8 +161,6 @@ class Engine:
             self._run(plan)
             if decodes:
                 self.updates.saw_step(perf_counter() - began)
-        if self.model.update_chunk:
-            self._update()
         events, self._events = self._events, []
         return events
 
@@ -227,18 +227,10 @@ class Engine:
                 self._complete(job, FinishReason.STOP if job.finishing else FinishReason.LENGTH)
 
     def _update(self) -> None:
-        """Let the levels of some sessions with a full chunk take their step."""
+        """Let the levels of sessions with a full chunk step, and others prepare theirs, as time allows."""
         live = [job for job in self.scheduler.running if job.is_prefilling or not job.finishing]
-        due = [job for job in live if job.is_due]
-        if not due:
-            return
-        others_decode = any(not job.is_prefilling and not job.is_due for job in live)
-        chosen = self.updates.choose(due, others_decode=others_decode)
-        try:
-            self.updates.run(chosen)
-        except Exception as error:  # noqa: BLE001 - as in _run: what the model left in these slots is not known
-            for job in chosen:
-                self._fail(job, error)
+        for job, error in self.updates.run(live):
+            self._fail(job, error)
 
     def _advance_prompt(self, job: Job, num_new: int, rows: torch.Tensor) -> None:
         """Bookkeeping after prompt tokens were read: log-probabilities, cuts, the state at the prompt's end."""

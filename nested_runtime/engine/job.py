@@ -31,6 +31,8 @@ class Job:
     chunk: int = 0  # C_1 of the model's levels; 0 = nothing adapts
     filled: int = 0  # tokens read of the present chunk; at `chunk` the levels must step before the next token
     due_since: int = 0  # step in which the chunk was full
+    studied: int = 0  # tokens of the present chunk whose gradient is in `gradients`
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of one session, by name
     updates: int = 0  # steps of the levels in this turn
     refused: int = 0  # steps that diverged and were not taken
     finishing: bool = False  # stop as soon as the prompt is read

@@ -12,65 +12,26 @@ outer loss, the step size is not (first-order meta-learning).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from nested_runtime.core import Batch
-from nested_runtime.errors import ConfigError, StateError
+from nested_runtime.errors import StateError
 from nested_runtime.memory.cms import ContinuumMemory, LevelStep, level_name
-from nested_runtime.memory.level import Change, Level, check_levels
-from nested_runtime.models.config import from_fields
+from nested_runtime.memory.level import Change, Level
 from nested_runtime.state.spec import TensorSpec, prefixed
 
-__all__ = ["Adaptation", "LevelFields", "Part", "Stepped", "config_of", "read_clock", "read_levels", "select"]
+__all__ = ["Adaptation", "Part", "Stepped", "read_clock", "retained", "select"]
 
 Tensors = Mapping[str, torch.Tensor]
 Span = tuple[int, int, int]
 """Slot, first and past-the-last row of one session in a packed step."""
+SMALL, LARGE = 8, 32  # tokens of the last piece of a chunk at most, of any piece at most
 SINCE, UPDATES, REFUSED = range(3)
 """Columns of a level's clock: tokens since its last step, steps taken, steps refused because they diverged."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LevelFields:
-    """Config fields of every family.
-
-    levels           adaptive levels, fastest first, each with the fields of `Level`; none = all MLPs are static
-    cms              how they are combined: sequential, nested or headwise
-    adaptive_blocks  how many of the last blocks have them
-    """
-
-    levels: list[Any] = field(default_factory=list)
-    cms: str = "sequential"
-    adaptive_blocks: int = 1
-
-
-def config_of(config: LevelFields) -> dict[str, Any]:
-    """The config as a mapping, without the fields of levels where there are none."""
-    values = asdict(config)
-    if not config.levels:
-        for name in ("levels", "cms", "adaptive_blocks"):
-            del values[name]
-    return values
-
-
-def read_levels(fields: LevelFields, chunk: int, blocks: int) -> tuple[Level, ...]:
-    """The levels of a config; ConfigError names the field."""
-    levels = []
-    for number, values in enumerate(fields.levels):
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"levels.{number} must be an object with the fields of a level, got {values!r}")
-        try:
-            levels.append(from_fields(Level, values))
-        except ConfigError as error:
-            raise ConfigError(f"levels.{number}: {error}") from None
-    check_levels(tuple(levels), chunk)
-    if not 1 <= fields.adaptive_blocks <= blocks:
-        raise ConfigError(f"adaptive_blocks must be in 1..{blocks} (blocks), got {fields.adaptive_blocks}")
-    return tuple(levels)
 
 
 @dataclass(frozen=True)
@@ -99,10 +60,10 @@ class Stepped:
 
 
 class Adaptation:
-    """The recorder and the update of one model. `parts`: the adaptive blocks, first to last."""
+    """The recorder and the update of one model. `parts`: adaptive blocks, first to last; `recent`: see LevelFields."""
 
-    def __init__(self, levels: tuple[Level, ...], dim: int, parts: Sequence[Part]) -> None:
-        self.levels, self.dim, self.parts = levels, dim, tuple(parts)
+    def __init__(self, levels: tuple[Level, ...], dim: int, parts: Sequence[Part], recent: int = 0) -> None:
+        self.levels, self.dim, self.parts, self.recent = levels, dim, tuple(parts), recent
         self.chunk = levels[0].chunk
 
     def spec(self) -> tuple[TensorSpec, ...]:
@@ -114,6 +75,11 @@ class Adaptation:
         ]
         for part in self.parts[1:]:
             chunk += prefixed(f"chunk.{part.name}", part.anchor)
+        if self.recent:
+            chunk += [
+                TensorSpec("recent.count", (1,), torch.int64),
+                TensorSpec("recent.tokens", (self.recent,), torch.int64),
+            ]
         clocks = [TensorSpec(clock(n), (3,), torch.int64, level_name(n)) for n in range(len(self.levels))]
         weights = [spec for part in self.parts for spec in prefixed(cms(part), part.cms.state())]
         return (*chunk, *clocks, *weights)
@@ -162,7 +128,8 @@ class Adaptation:
 
     def changes(self, part: Part, state: Tensors) -> list[Change]:
         """The levels of `part` with the deltas of B sessions, for streams [B, T, D]."""
-        local = local_of(part, state)
+        prefix = f"{cms(part)}."
+        local = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         return [self._whole(part, n, part.cms.deltas(n, local)) for n in range(len(self.levels))]
 
     def _whole(self, part: Part, number: int, delta: Tensors) -> Change:
@@ -198,6 +165,20 @@ class Adaptation:
         """The state tensors that an update reads and writes."""
         return [spec.name for spec in self.spec()]
 
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Where the pieces end that a chunk's gradient may be summed from; one, if the chunk is needed as a whole.
+
+        Behind the first adaptive level a token's loss depends on that token alone, unless another memory follows. Each
+        piece is three quarters of what is left, so that little is left to do when the chunk is full.
+        """
+        if len(self.parts) > 1 or any(level.rule().needs_inputs for level in self.levels):
+            return (self.chunk,)
+        ends = [0]
+        while (left := self.chunk - ends[-1]) > SMALL:
+            ends.append(ends[-1] + min(LARGE, left - left // 4))
+        return (*ends[1:], self.chunk)
+
     def update(
         self, state: Tensors, before: Tensors, next_token: torch.Tensor, place: Any,
         logits: Callable[[torch.Tensor], torch.Tensor],
@@ -208,13 +189,22 @@ class Adaptation:
         place: where the chunk stands, for `Part.read`; next_token [B]; logits: stream behind the last block
         [B, C_1, D] -> [B, C_1, V]. A session whose losses, gradients or new weights are not finite keeps its levels.
         """
-        leaves = {name: t.detach().requires_grad_() for name, t in state.items() if ".delta." in name}
         inputs: dict[str, torch.Tensor] = {}
+        return self.apply(state, self.gradients(state, before, next_token, place, logits, inputs), inputs)
+
+    def gradients(
+        self, state: Tensors, before: Tensors, next_token: torch.Tensor, place: Any,
+        logits: Callable[[torch.Tensor], torch.Tensor], inputs: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Gradients [B, ..] by delta, and the "loss" [B], of the tokens in "chunk.tokens" and "chunk.stream".
+
+        They add up over the pieces of a chunk. inputs: filled with what the matrices were multiplied with.
+        """
+        leaves = {name: t.detach().requires_grad_() for name, t in state.items() if ".delta." in name}
         with torch.enable_grad():
             losses = self._losses({**state, **leaves}, before, next_token, place, logits, inputs)
-            gradients = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())), strict=True))
-        finite = torch.stack([g.flatten(1).isfinite().all(1) for g in gradients.values()]).all(0) & losses.isfinite()
-        return self._apply(state, gradients, inputs, finite)
+            found = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True)) | {"loss": losses.detach()}
 
     def _losses(
         self, state: Tensors, before: Tensors, next_token: torch.Tensor, place: Any,
@@ -230,7 +220,8 @@ class Adaptation:
                 x = part.read(x, memory, place)[0]
             x = part.mix(x, self._watched(part, state, inputs))
         targets = torch.cat([state["chunk.tokens"][:, 1:], next_token[:, None]], dim=1)
-        return cross_entropy(logits(x).transpose(1, 2), targets, reduction="none").sum(1)
+        losses = cross_entropy(logits(x).flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view(targets.shape).sum(1)
 
     def _watched(self, part: Part, state: Tensors, inputs: dict[str, torch.Tensor]) -> list[Change]:
         """The changes, keeping what each matrix was multiplied with for the optimizers that need it."""
@@ -247,9 +238,14 @@ class Adaptation:
 
         return watched
 
-    def _apply(self, state: Tensors, gradients: Tensors, inputs: Tensors, finite: torch.Tensor) -> Stepped:
-        """Every level adds the gradient to its sum; those whose C_l tokens are full step, fastest first."""
+    def apply(self, state: Tensors, gradients: Tensors, inputs: Tensors) -> Stepped:
+        """Every level adds the chunk's gradient to its sum; those whose C_l tokens are full step, fastest first."""
+        finite = all_finite(gradients)
         new = {name: torch.zeros_like(t) if name.startswith("chunk.") else t for name, t in state.items()}
+        if self.recent:
+            tokens = torch.cat([state["recent.tokens"], state["chunk.tokens"]], dim=1)
+            new["recent.tokens"] = tokens[:, -self.recent :]
+            new["recent.count"] = (state["recent.count"] + self.chunk).clamp(max=self.recent)
         good, norms = finite, []
         for number, level in enumerate(self.levels):
             since = state[clock(number)][:, SINCE] + self.chunk
@@ -266,7 +262,7 @@ class Adaptation:
         finite: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Let one level add up or step, in `new`; who took a step [B], its norm over all blocks [B]."""
-        steps: list[LevelStep] = []
+        totals, keys = [], []
         for part in self.parts:
             prefix = f"{cms(part)}.{number + 1}"
             total = {}
@@ -276,18 +272,49 @@ class Adaptation:
                 if sum_name in new:
                     total[name] = total[name] + new[sum_name]
                     new[sum_name] = select(due, torch.zeros_like(gradient), total[name])
-            if bool(due.any()):
-                keys = {name: inputs[f"{prefix}.{name}"] for name in total if f"{prefix}.{name}" in inputs}
-                steps.append(part.cms.step(number, local_of(part, new), total, keys))
-        if not steps:
+            totals.append(total)
+            keys.append({name: inputs[f"{prefix}.{name}"] for name in total if f"{prefix}.{name}" in inputs})
+        if not bool(due.any()):
             return torch.zeros_like(due), torch.zeros_like(finite, dtype=self._float(new))
-        took = torch.stack([step.finite for step in steps]).all(0) & due & finite
+        return self._take(number, new, totals, keys, due & finite)
+
+    def _take(
+        self, number: int, new: dict[str, torch.Tensor], totals: Sequence[Tensors], keys: Sequence[Tensors],
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Step one level of the sessions in `mask` [B] along the gradients of all parts, in `new`; see `_advance`."""
+        steps: list[LevelStep] = [
+            part.cms.step(number, local_of(part, new), total, inputs)
+            for part, total, inputs in zip(self.parts, totals, keys, strict=True)
+        ]
+        took = torch.stack([step.finite for step in steps]).all(0) & mask
         for part, step in zip(self.parts, steps, strict=True):
             for name, tensor in step.tensors.items():
                 new[f"{cms(part)}.{name}"] = select(took, tensor, new[f"{cms(part)}.{name}"])
             if part.cms.variant == "nested":
                 self._restart(number, part, new, took)
         return took, torch.stack([step.norm for step in steps]).square().sum(0).sqrt()
+
+    def consolidate(self, state: Tensors, gradients: Tensors, into: Sequence[int]) -> Stepped:
+        """One more step of the levels `into` along `gradients`, outside their clocks."""
+        finite, new, good, norms = all_finite(gradients), dict(state), [], []
+        for number in into:
+            totals = []
+            for part in self.parts:
+                names = part.cms.level(number).shapes()
+                found = {name: gradients[f"{cms(part)}.{number + 1}.delta.{name}"] for name in names}
+                totals.append({name: select(finite, g, torch.zeros_like(g)) for name, g in found.items()})
+            took, norm = self._take(number, new, totals, [{} for _ in totals], finite)
+            since, counts = state[clock(number)][:, :UPDATES], state[clock(number)][:, UPDATES:]
+            new[clock(number)] = torch.cat([since, counts + torch.stack([took, ~took], dim=1)], dim=1)
+            good.append(took)
+            norms.append(torch.where(took, norm, 0.0))
+        return Stepped(new, torch.stack(good).all(0), torch.stack(norms, dim=1))
+
+    def decay(self, state: Tensors, levels: Sequence[int], factor: float) -> dict[str, torch.Tensor]:
+        """The deltas of `levels` times `factor`: back towards the learned start."""
+        names = {f"{cms(part)}.{n + 1}.delta." for part in self.parts for n in levels}
+        return {name: t * factor if any(map(name.startswith, names)) else t for name, t in state.items()}
 
     def _restart(self, number: int, part: Part, new: dict[str, torch.Tensor], took: torch.Tensor) -> None:
         """Faster levels begin again from level `number`, which has stepped (NL Eq. 72)."""
@@ -317,6 +344,20 @@ def read_clock(state: Tensors, number: int) -> tuple[int, int, int]:
     """Of one session's state: tokens since level `number` stepped or tried to, steps taken, steps refused."""
     since, taken, refused = state[clock(number)].tolist()
     return since + int(state["chunk.count"][0]), taken, refused
+
+
+def retained(state: Tensors) -> torch.Tensor:
+    """Of one session's state: the tokens read last that it still holds, oldest first [N]."""
+    unfinished = state["chunk.tokens"][: int(state["chunk.count"][0])]
+    if "recent.tokens" not in state:
+        return unfinished
+    tokens = state["recent.tokens"]
+    return torch.cat([tokens[len(tokens) - int(state["recent.count"][0]) :], unfinished])
+
+
+def all_finite(tensors: Tensors) -> torch.Tensor:
+    """Which sessions [B] have nothing but finite numbers in `tensors` [B, ..]."""
+    return torch.stack([t.reshape(len(t), -1).isfinite().all(1) for t in tensors.values()]).all(0)
 
 
 def local_of(part: Part, state: Tensors) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ class LanguageModel(nn.Module, ABC):
     chunk: int  # C: inner chunk length in session tokens (1 where there is none)
     levels: tuple[Level, ...] = ()  # adaptive levels, fastest first
     update_chunk: int = 0  # C_1: session tokens between two updates of the levels; 0 = no level adapts
+    pieces: tuple[int, ...] = ()  # where the pieces of a chunk end that `gradients` takes; one = the chunk as a whole
     period: int = 0  # `update` of sessions whose positions are equal modulo this may be batched; 0 = only equal ones
 
     @classmethod
@@ -71,11 +72,21 @@ class LanguageModel(nn.Module, ABC):
 
     def update(
         self, slots: torch.Tensor, next_token: torch.Tensor, positions: torch.Tensor, pool: Pool,
-        kv: KVRows | None = None,
+        kv: KVRows | None = None, gradients: Mapping[str, torch.Tensor] | None = None,
     ) -> Stepped:  # fmt: skip
         """Let the levels of sessions with a full chunk take their step, before they read `next_token` [B].
 
         slots [B]; positions [B]: session tokens read, equal modulo `period`; kv: where growing tensors lie. Gradients
-        are taken within; call it outside inference mode. Models with `update_chunk` 0 have no levels.
+        are taken within, unless the sums over all `pieces` are given; call it outside inference mode. Models with
+        `update_chunk` 0 have no levels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no levels")
+
+    def gradients(
+        self, slots: torch.Tensor, begin: int, end: int, next_token: torch.Tensor, pool: Pool
+    ) -> dict[str, torch.Tensor]:
+        """Gradients of tokens begin..end of the present chunk of the sessions in `slots`, one of `pieces`; they add up.
+
+        next_token [B]: the token after the piece. Any sessions may be batched. Call it outside inference mode.
         """
         raise NotImplementedError(f"{type(self).__name__} has no levels")

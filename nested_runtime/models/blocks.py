@@ -15,9 +15,9 @@ from nested_runtime.core import Batch
 from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.cms import ContinuumMemory
 from nested_runtime.memory.level import Change, Level
-from nested_runtime.models.adaptation import LevelFields, read_levels
 from nested_runtime.models.base import Pool
 from nested_runtime.models.fused import Fused, Packed, pack
+from nested_runtime.models.level_fields import LevelFields, read_levels
 from nested_runtime.models.leveled import LeveledBlock, LeveledModel, Place, Tensors
 from nested_runtime.state.spec import TensorSpec
 
@@ -86,7 +86,7 @@ class BlockModel(LeveledModel):
             Block(rule(), dim, mlp_ratio, levels if i >= first else (), fields.cms) for i in range(blocks)
         )
         self.norm = nn.Parameter(torch.ones(dim))
-        self.adapt(levels, dim, fields.adaptive_blocks)
+        self.adapt(levels, dim, fields)
         self._fused = Fused()
 
     def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:

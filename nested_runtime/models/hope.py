@@ -10,9 +10,9 @@ from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.self_modifying import SelfModifying
 from nested_runtime.memory.varied import VariedSelfModifying
-from nested_runtime.models.adaptation import LevelFields, config_of
 from nested_runtime.models.blocks import BlockModel
 from nested_runtime.models.config import from_fields
+from nested_runtime.models.level_fields import LevelFields, config_of
 
 __all__ = ["Hope", "HopeConfig"]
 

@@ -23,9 +23,9 @@ from nested_runtime.memory.gated_mlp import GatedMLP
 from nested_runtime.memory.level import Change, Level
 from nested_runtime.memory.paged_attention import AttentionShape, PagedAttention
 from nested_runtime.memory.rope import Rope
-from nested_runtime.models.adaptation import LevelFields, config_of, read_levels
 from nested_runtime.models.base import Pool
 from nested_runtime.models.config import from_fields
+from nested_runtime.models.level_fields import LevelFields, config_of, read_levels
 from nested_runtime.models.leveled import LeveledBlock, LeveledModel, Place, Tensors
 from nested_runtime.state.spec import TensorSpec
 
@@ -158,7 +158,7 @@ class HopeAttention(LeveledModel):
         self.head: Weight | None = None
         if not config.tied:
             self.head = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
-        self.adapt(levels, config.dim, config.adaptive_blocks)
+        self.adapt(levels, config.dim, config)
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any]) -> HopeAttention:

@@ -20,6 +20,7 @@ from nested_runtime.memory.frozen import Weight
 from nested_runtime.memory.level import Change, Level
 from nested_runtime.models.adaptation import Adaptation, Part, Stepped, select
 from nested_runtime.models.base import LanguageModel, Pool
+from nested_runtime.models.level_fields import LevelFields
 from nested_runtime.state.spec import TensorSpec, prefixed
 
 __all__ = ["LeveledBlock", "LeveledModel"]
@@ -63,15 +64,16 @@ class LeveledModel(LanguageModel):
     adaptation: Adaptation | None = None
     first_adaptive: int
 
-    def adapt(self, levels: tuple[Level, ...], dim: int, adaptive_blocks: int) -> None:
+    def adapt(self, levels: tuple[Level, ...], dim: int, fields: LevelFields) -> None:
         """Let the last `adaptive_blocks` blocks learn; none without levels."""
         stack = list(self._stack())
-        self.levels, self.first_adaptive = levels, len(stack) - adaptive_blocks if levels else len(stack)
+        self.levels, self.first_adaptive = levels, len(stack) - fields.adaptive_blocks if levels else len(stack)
         if not levels:
             return
         learning = stack[self.first_adaptive :]
         parts = [Part(name, block.cms, self.anchor(block), block.read, block.mix) for name, block in learning]
-        self.adaptation, self.update_chunk = Adaptation(levels, dim, parts), levels[0].chunk
+        self.adaptation, self.update_chunk = Adaptation(levels, dim, parts, fields.recent), levels[0].chunk
+        self.pieces = self.adaptation.pieces
 
     def _stack(self) -> Iterator[tuple[str, LeveledBlock]]:
         for i, block in enumerate(self.blocks):
@@ -141,7 +143,7 @@ class LeveledModel(LanguageModel):
         self, tokens: torch.Tensor, state: Tensors | None, position: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `LanguageModel.scan`."""
-        new = dict(state if state is not None else self._fresh(tokens))
+        new = dict(state if state is not None else self.fresh(tokens))
         if self.adaptation is None:
             return self._scan(tokens, new, position, 0)
         outs, begin = [], 0
@@ -197,18 +199,52 @@ class LeveledModel(LanguageModel):
 
     def update(
         self, slots: torch.Tensor, next_token: torch.Tensor, positions: torch.Tensor, pool: Pool,
-        kv: KVRows | None = None,
+        kv: KVRows | None = None, gradients: Tensors | None = None,
     ) -> Stepped:  # fmt: skip
         """See `LanguageModel.update`."""
         if self.adaptation is None:
             raise StateError("this model has no levels to update")
         own = {name: pool[name][slots] for name in self.adaptation.names()}
-        stepped = self._step_levels(own, self.before_packed(pool, slots, kv), next_token, positions)
+        if gradients is not None:
+            stepped = self.adaptation.apply(own, gradients, {})
+        else:
+            stepped = self._step_levels(own, self.before_packed(pool, slots, kv), next_token, positions)
         for name, tensor in stepped.tensors.items():
             pool[name][slots] = tensor.detach()
         return stepped
 
-    def _fresh(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gradients(
+        self, slots: torch.Tensor, begin: int, end: int, next_token: torch.Tensor, pool: Pool
+    ) -> dict[str, torch.Tensor]:
+        """See `LanguageModel.gradients`."""
+        if self.adaptation is None:
+            raise StateError("this model has no levels to update")
+        own = {name: pool[name][slots] for name in self.adaptation.names() if ".delta." in name}
+        own |= {name: pool[name][slots, begin:end] for name in ("chunk.tokens", "chunk.stream")}
+        return self.adaptation.gradients(own, {}, next_token, None, lambda x: self.logits(self.leave(x)), {})
+
+    def read_again(
+        self, tokens: torch.Tensor, next_token: torch.Tensor, state: Tensors, position: int
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Gradients of tokens [B, n], n <= C_1, read from `state` with the levels as they are, and the state after.
+
+        For `Adaptation.consolidate`: nothing is recorded, no level steps.
+        """
+        if self.adaptation is None:
+            raise StateError("this model has no levels to update")
+        learning = tuple(f"{part.name}." for part in self.adaptation.parts[1:])
+        before = {name: t for name, t in state.items() if name.startswith(learning)}
+        length = tokens.shape[1]
+        with torch.no_grad():
+            _, after = self._scan(tokens, state, position, 0)
+        own = {name: after[name] for name in self.adaptation.names()}
+        own |= {name: after[name][:, :length] for name in ("chunk.tokens", "chunk.stream")}
+        place = self.place(position, length)
+        found = self.adaptation.gradients(own, before, next_token, place, lambda x: self.logits(self.leave(x)), {})
+        return found, {**after, "chunk.count": state["chunk.count"]}
+
+    def fresh(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The fresh state of B sessions, on the device of `tokens` [B, ..]."""
         wide = torch.promote_types(self.embed.dtype, torch.float32)  # memories are never narrower (MODEL.md section 6)
         return {
             s.name: torch.zeros(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nested_runtime.memory.attention import SlidingAttention
-from nested_runtime.models.adaptation import LevelFields, config_of
 from nested_runtime.models.blocks import BlockModel
 from nested_runtime.models.config import from_fields
+from nested_runtime.models.level_fields import LevelFields, config_of
 
 __all__ = ["Transformer", "TransformerConfig"]
 

@@ -1,5 +1,6 @@
 """Sessions: one user's memory, kept in a store and changed by turns on an engine."""
 
+from nested_runtime.sessions.consolidation import Consolidator
 from nested_runtime.sessions.manager import SessionManager
 from nested_runtime.sessions.runtime import Runtime
 from nested_runtime.sessions.turns import Answer, Delta, Finished, Report, Started, Turn
@@ -7,6 +8,7 @@ from nested_runtime.sessions.vault import ServedModel, Vault
 
 __all__ = [
     "Answer",
+    "Consolidator",
     "Delta",
     "Finished",
     "Report",

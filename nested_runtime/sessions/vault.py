@@ -73,21 +73,29 @@ class Vault:
         self._waiting: Counter[SessionKey] = Counter()
 
     @asynccontextmanager
-    async def hold(self, key: SessionKey) -> AsyncIterator[Lease]:
-        """The session's lease, renewed in the background; SessionBusy when too many wait for it, or for too long."""
+    async def hold(self, key: SessionKey, wait: float | None = None) -> AsyncIterator[Lease]:
+        """The session's lease, renewed in the background; SessionBusy when too many wait for it, or for too long.
+
+        wait: seconds, the configured ones if None.
+        """
         if self._waiting[key] > self.config.waiting:
             raise SessionBusy(
                 f"session {key.session!r} is busy and {self._waiting[key]} requests are ahead already (limit "
                 f"{self.config.waiting + 1}); send one request at a time per session"
             )
+        seconds = self.config.wait_seconds if wait is None else wait
         self._waiting[key] += 1
         try:
-            async with self.store.hold(key, ttl=self.config.lease_seconds, wait=self.config.wait_seconds) as lease:
+            async with self.store.hold(key, ttl=self.config.lease_seconds, wait=seconds) as lease:
                 yield lease
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
                 del self._waiting[key]
+
+    def is_wanted(self, key: SessionKey) -> bool:
+        """Whether somebody here waits for the lease that somebody here holds."""
+        return self._waiting[key] > 1
 
     async def versions(self, key: SessionKey, expect: int | None = None) -> list[Version]:
         """The kept versions, newest first; VersionConflict when the head is not the expected one (If-Match)."""

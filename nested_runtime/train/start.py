@@ -6,8 +6,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from nested_runtime.errors import ConfigError
-from nested_runtime.models.adaptation import LevelFields
 from nested_runtime.models.base import LanguageModel
+from nested_runtime.models.level_fields import LevelFields
 from nested_runtime.models.loading import LoadedModel, build, load
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from nested_runtime.core import SamplingParams
-from nested_runtime.errors import NotFound, RequestError
+from nested_runtime.errors import NestedError, NotFound, RequestError
+from nested_runtime.models.replay import Consolidation
 from nested_runtime.sessions import Turn
 from nested_runtime.store.base import SessionKey, Version
 
@@ -19,6 +20,7 @@ from ..schemas.chat import text_of
 from ..schemas.common import session_body
 from ..schemas.sessions import (
     MAX_VERSION,
+    ConsolidateRequest,
     CreateRequest,
     ForkRequest,
     LearnRequest,
@@ -160,6 +162,20 @@ async def learn(key: Named, service: ServiceDep, expected: Expected, body: Learn
     told = session_body(finished, model.tokenizer if body.surprise else None)
     body_out = {"id": key.session, "tokens_read": finished.prompt_tokens, **told}
     return JSONResponse(body_out, headers={"X-Session-Version": version})
+
+
+@router.post("/{id}/consolidate")
+async def consolidate(
+    key: Named, service: ServiceDep, expected: Expected, body: ConsolidateRequest | None = None
+) -> JSONResponse:
+    """Let slower levels learn the session's recent tokens, as a version of its own. Turns wait meanwhile."""
+    service.admit()
+    asked = body or ConsolidateRequest(passes=1, decay=0.0)
+    rested = await service.consolidator.consolidate(key, Consolidation(asked.passes, asked.decay), expect=expected)
+    if rested is None:
+        raise NestedError("the consolidation gave way although it was asked for; nothing was changed")
+    reply = {"id": key.session, **version_body(rested.version), "tokens_read": rested.tokens, "into": rested.levels}
+    return JSONResponse(reply, headers={"X-Session-Version": str(rested.version.number)})
 
 
 async def _model_of(service: Service, key: SessionKey) -> str:

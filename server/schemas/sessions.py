@@ -13,6 +13,7 @@ from .common import Closed
 
 __all__ = [
     "MAX_VERSION",
+    "ConsolidateRequest",
     "CreateRequest",
     "ForkRequest",
     "LearnRequest",
@@ -68,6 +69,13 @@ class ForkRequest(Closed):
 
     id: str = Field(description="id of the new session")
     version: int | None = Field(None, ge=1, le=MAX_VERSION)
+
+
+class ConsolidateRequest(Closed):
+    """POST .../consolidate. Nothing = one pass, faster levels stay."""
+
+    passes: int = Field(1, ge=1, le=64, description="times the recent tokens are read, each with a step at its end")
+    decay: float = Field(0.0, ge=0, le=1, description="what the faster levels lose of what they learned")
 
 
 class LearnRequest(Closed):

@@ -27,6 +27,7 @@ LEVELS = [
     "hope+sequential",
     "hope+nested",
     "hope+headwise",
+    "hope+pieces",
     "hope+varied",
     "titans+sequential",
     "transformer+sequential",

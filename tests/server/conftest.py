@@ -126,7 +126,7 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def leveled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with two levels that learn while it is served."""
     levels = [{"chunk": 8, "hidden": 8, "rate": 0.05}, {"chunk": 16, "hidden": 8, "rank": 2, "optimizer": "momentum"}]
-    return write_model(tmp_path_factory.mktemp("model") / "leveled", levels=levels)
+    return write_model(tmp_path_factory.mktemp("model") / "leveled", levels=levels, recent=32)
 
 
 @pytest.fixture(scope="session")
