@@ -91,6 +91,7 @@ def test_tenants_do_not_see_each_other(http: httpx.Client, chat: Chat) -> None:
         ("GET", "/export"),
         ("GET", "/history"),
         ("GET", "/levels"),
+        ("POST", "/consolidate"),
     ]:
         assert http.request(method, f"/v1/sessions/shared{path}", headers=bearer(BERT)).status_code == 404
     mine = chat(http, "hi", session="shared", headers=bearer(BERT)).json()["session"]
