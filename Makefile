@@ -204,8 +204,9 @@ test-typescript: venv $(NODE)/.installed ## tsc over the TypeScript types, and t
 	@NESTED_NODE_FOLDER=$(NODE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/clients/test_typescript.py $(ARGS)
 
 .PHONY: bench
-bench: venv redis ## measure kernels and state I/O (a running server: benchmarks/serving.py)
+bench: venv redis ## measure kernels, updates of levels and state I/O (a running server: benchmarks/serving.py)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.updates
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.state_io $(ARGS)
 
 # Other people's packages, beside the environment instead of in it: their pins would move torch.

@@ -49,6 +49,7 @@ RULES = Registry(
     {
         "gated-delta": "nested_runtime.memory.gated_delta:GatedDelta",
         "self-modifying": "nested_runtime.memory.self_modifying:SelfModifying",
+        "deep-self-modifying": "nested_runtime.memory.deep:DeepSelfModifying",
         "sliding-attention": "nested_runtime.memory.attention:SlidingAttention",
         "titans": "nested_runtime.memory.titans:Titans",
         "varied-self-modifying": "nested_runtime.memory.varied:VariedSelfModifying",

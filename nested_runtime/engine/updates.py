@@ -63,7 +63,7 @@ class Updates:
             spent += self._run(self._batch(due, allowed - spent if decoding else math.inf), failures)
             due = [job for job in due if job.is_due and not any(job is failed for failed, _ in failures)]
         early = sorted((job for job in live if self._can_study(job)), key=lambda job: job.chunk - job.filled)
-        while early and spent + self.cost.get(self._next(early[0]), 0.0) <= allowed:
+        while early and allowed and spent + self.cost.get(self._next(early[0]), 0.0) <= allowed:
             spent += self._run(self._batch(early, allowed - spent), failures)
             early = [job for job in early if self._can_study(job) and not any(job is failed for failed, _ in failures)]
         return failures

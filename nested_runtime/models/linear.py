@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from nested_runtime.memory.gated_delta import GatedDelta
 from nested_runtime.memory.linear import LinearMemory
 from nested_runtime.memory.titans import Titans
-from nested_runtime.models.adaptation import LevelFields, config_of
+from nested_runtime.models.level_fields import LevelFields, config_of
 from nested_runtime.models.blocks import BlockModel
 from nested_runtime.models.config import from_fields
 

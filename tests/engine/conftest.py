@@ -88,6 +88,7 @@ SLOW = {"chunk": 8, "hidden": 6, "rate": 0.02}
 LEVELED: dict[str, dict[str, Any]] = {
     "sequential": {"levels": [FAST, SLOW], "adaptive_blocks": 2},
     "nested": {"levels": [{**FAST, "rank": 2}, {**SLOW, "rank": 2}], "cms": "nested"},
+    "deep": {"memory_hidden": 6, "momentum": True},
     "pieces": {"levels": [{**FAST, "chunk": 16}, {**SLOW, "chunk": 32, "rank": 2}]},
     "headwise": {"levels": [FAST, {**SLOW, "rank": 3}], "cms": "headwise"},
     "varied": {"changes": ["momentum", "adaptive-q"], "levels": [FAST]},

@@ -28,6 +28,7 @@ LEVELS = [
     "hope+nested",
     "hope+headwise",
     "hope+pieces",
+    "hope+deep",
     "hope+varied",
     "titans+sequential",
     "transformer+sequential",

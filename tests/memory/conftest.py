@@ -36,6 +36,12 @@ def _variants() -> dict[str, tuple[str, Callable[[type[UpdateRule]], UpdateRule]
             "self-modifying",
             lambda kind, options=options: kind(DIM, 2, 4, options, 3),
         )
+    for hidden, momentum in itertools.product((None, 6), (False, True)):
+        options = RuleOptions(4, "anchor" if hidden and momentum else "token", "zero" if momentum else "start")
+        variants[f"deep-{'mlp' if hidden else 'matrix'}{'-momentum' if momentum else ''}"] = (
+            "deep-self-modifying",
+            lambda kind, o=options, h=hidden, m=momentum: kind(DIM, 2, 4, o, 3, hidden=h, momentum=m),
+        )
     return variants
 
 

@@ -36,7 +36,7 @@ def norms(http: httpx.Client, name: str) -> dict[str, float]:
 
 
 @contextmanager
-def consolidating(client: httpx.Client, name: str, passes: int = 64) -> Iterator[list[Any]]:
+def consolidating(client: httpx.Client, name: str, passes: int) -> Iterator[list[Any]]:
     """A long consolidation in the background; its answer or error, once the block is left."""
     answers: list[Any] = []
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_consolidated_is_refused_and_changes_nothing(
 def test_a_turn_waits_for_one_that_was_asked_for(leveled: Any, http: httpx.Client, chat: Chat) -> None:
     chat(http, "my name is Ada and I live in Rome", session="wait")
     key = SessionKey("default", "wait")
-    with leveled.client() as other, consolidating(other, "wait") as answers:
+    with leveled.client() as other, consolidating(other, "wait", 4) as answers:
         deadline = time.monotonic() + 60
         while not leveled.service.vault._waiting[key] and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -156,7 +156,7 @@ def test_killed_in_the_middle_the_session_is_as_before(
     with server.client() as http:
         chat(http, "my name is Ada and I live in Rome", session="killed")
         before = http.get("/v1/sessions/killed").json()
-        with server.client() as other, consolidating(other, "killed") as answers:
+        with server.client() as other, consolidating(other, "killed", 64) as answers:
             time.sleep(0.2)
             server.stop(signal.SIGKILL)
     assert isinstance(answers[0], httpx.HTTPError), "it was over before the kill"
