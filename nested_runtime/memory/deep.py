@@ -87,7 +87,8 @@ class DeepSelfModifying(SelfModifying):
         self.hidden, self.momentum = hidden, momentum
         if hidden is not None:
             first = torch.randn(heads, 3 * hidden + 2, head_dim) * head_dim**-0.5
-            first[:, [rows(hidden)["eta"], rows(hidden)["alpha"]]] = 0
+            for name in ("eta", "alpha"):
+                first[:, rows(hidden)[name]] = 0
             self.base = nn.Parameter(first)
             self.outer = nn.Parameter(torch.zeros(heads, 3, head_dim, hidden))
         if momentum:
@@ -126,7 +127,7 @@ class DeepSelfModifying(SelfModifying):
         while begin < x.shape[1]:
             done = (position + begin) % self.options.chunk
             if done == 0:
-                now |= {f"anchor.{name}": now[f"live.{name}"] for name in self._starts()}
+                now |= {f"anchor.{name}": now[f"live.{name}"].clone() for name in self._starts()}
             end = min(begin + self.options.chunk - done, x.shape[1])
             out, now = self._chunk([t[:, begin:end] for t in inputs], now)
             outs.append(out)
