@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self
 from nested_runtime.memory.gated_delta import GatedDelta
 from nested_runtime.memory.linear import LinearMemory
 from nested_runtime.memory.titans import Titans
-from nested_runtime.models.level_fields import LevelFields, config_of
 from nested_runtime.models.blocks import BlockModel
 from nested_runtime.models.config import from_fields
+from nested_runtime.models.level_fields import LevelFields, config_of
 
 __all__ = ["DeltaModel", "LinearConfig", "LinearModel", "TitansModel"]
 
