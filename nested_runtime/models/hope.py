@@ -77,5 +77,5 @@ class Hope(BlockModel):
 
     def to_config(self) -> dict[str, Any]:
         """The mapping `from_config` reads; without the options of the rule that are not used."""
-        unused = {"memory_hidden": None, "momentum": False, "changes": []}
+        unused: dict[str, Any] = {"memory_hidden": None, "momentum": False, "changes": []}
         return {name: v for name, v in config_of(self.config).items() if name not in unused or v != unused[name]}
