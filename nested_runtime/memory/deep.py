@@ -109,6 +109,10 @@ class DeepSelfModifying(SelfModifying):
         specs = [TensorSpec(f"{kind}.{name}", shape) for name, shape in shapes.items() for kind in kinds]
         return (*specs, TensorSpec("window", (self.conv_width - 1, 3 * self.heads * self.head_dim)))
 
+    def memory(self, state: State) -> dict[str, torch.Tensor]:
+        """The deviations X of the layers."""
+        return {name: tensor for name, tensor in state.items() if name.startswith("live.")}
+
     def apply_packed(self, x: torch.Tensor, pool: State, batch: Batch) -> torch.Tensor:
         """See `UpdateRule.apply_packed`: gather, scan, scatter."""
         return UpdateRule.apply_packed(self, x, pool, batch)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nested_runtime.core import Batch
 from nested_runtime.memory.base import UpdateRule
+from nested_runtime.memory.deep import DeepSelfModifying
 from nested_runtime.memory.self_modifying import SelfModifying
 from nested_runtime.registry import RULES
 
@@ -152,7 +153,9 @@ def test_the_memory_is_what_the_state_has_learned(rule: UpdateRule, seed: int, l
     _, state = read(rule, stream(seed, 2, length), [])
     found = rule.memory(state)
     assert found.keys() <= state.keys()
-    if not isinstance(rule, SelfModifying):
+    if isinstance(rule, DeepSelfModifying):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+    if not isinstance(rule, SelfModifying) or "tail_g" not in state:
         return
     start = rule.base if rule.options.retain == "zero" else torch.zeros_like(rule.base)
     expected, num_tail = state["anchor"] + start, length % rule.options.chunk
