@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.updates
 
-On: hope-nano with the levels of a training config. Off: hope-nano as it is. "spread": the sessions stand at places
+On: hope-nano with the levels of a training config. Off: the same with chunks so long that no step falls into the run.
+Plain: hope-nano as it is, whose blocks may have a faster path without levels. "spread": the sessions stand at places
 evenly spread over a chunk, as independent users do; "at once": all reach the end of their chunks in the same step.
-On and off take turns, round by round. A latency is the time from a token of a session to its next one. Time is CPU time
+They take turns, round by round. A latency is the time from a token of a session to its next one. Time is CPU time
 of the engine's thread, what an idle core would have taken, so that a busy machine disturbs little; wall time is shown
 beside it. "own" latencies hold an update of the session itself, "others" all the rest: what another's update may cost.
 """
@@ -34,6 +35,7 @@ OUTPUT = ROOT / "build" / "bench" / "updates.json"
 CONFIG = ROOT / "nested_runtime" / "train" / "configs" / "hope-nano-levels.json"
 TARGET = 3.0
 CLOCKS = {"cpu": time.thread_time, "wall": time.perf_counter}
+NEVER = 4096  # tokens of a chunk that no session fills here
 WARM = 8  # tokens of every session before the first latency that counts
 
 
@@ -108,13 +110,16 @@ def row(found: Latencies, base: Latencies | None) -> dict[str, Any]:
     return result
 
 
-def models(config: Path) -> tuple[LanguageModel, LanguageModel, int]:
-    """hope-nano without and with levels, and C_1."""
+def models(config: Path) -> tuple[dict[str, LanguageModel], int]:
+    """hope-nano without levels, with levels that never step, with levels, and C_1."""
     plain = load("hope-nano")
-    fields = json.loads(config.read_text())
-    leveled = build(fields["family"], fields["model"])
-    start_from(leveled, plain)
-    return plain.model, leveled.eval().requires_grad_(False), leveled.update_chunk
+    fields = json.loads(config.read_text())["model"]
+    still = {**fields, "levels": [{**level, "chunk": NEVER} for level in fields["levels"]]}
+    off, on = build("hope", still), build("hope", fields)
+    for model in (off, on):
+        start_from(model, plain)
+        model.eval().requires_grad_(False)
+    return {"plain": plain.model, "off": off, "on": on}, on.update_chunk
 
 
 def main() -> int:
@@ -127,26 +132,28 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    plain, leveled, chunk = models(args.config)
+    made, chunk = models(args.config)
     report: dict[str, Any] = {"cpus": os.cpu_count(), "load_average": os.getloadavg()[0], **vars(args)}
     report["config"] = args.config.stem
     for case in ("spread", "at once"):
         texts = prompts(case, args.sessions, chunk)
-        found = {"off": Latencies(), "on": Latencies()}
-        engines = {
-            name: Engine(model, capacity=args.sessions, update_share=args.share)
-            for name, model in (("off", plain), ("on", leveled))
-        }
+        found = {name: Latencies() for name in made}
+        engines = {n: Engine(model, capacity=args.sessions, update_share=args.share) for n, model in made.items()}
         for engine in engines.values():
-            engine.warm_up()
+            engine.submit(Sequence("warm-up", [10] * (chunk + 2), SamplingParams(max_tokens=2, ignore_eos=True)))
+            while engine.has_work:
+                engine.step()
         for _ in range(args.rounds):
             for name, engine in engines.items():
                 decode(engine, chunk, texts, args.tokens, found[name])
-        report[case] = {"off": row(found["off"], None), "on": row(found["on"], found["off"])}
+        report[case] = {n: row(f, found["off"] if n == "on" else None) for n, f in found.items()}
+        report[case]["on"]["cpu_p99_ratio_to_plain"] = round(
+            quantile(found["on"].all("cpu"), 0.99) / quantile(found["plain"].all("cpu"), 0.99), 2
+        )
         report[case]["on"]["updates"] = engines["on"].stats()["updates"]
         print(case)
         for name in found:
-            print(f"  {name:4}", json.dumps(report[case][name]))
+            print(f"  {name:5}", json.dumps(report[case][name]))
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     OUTPUT.write_text(json.dumps(report, indent=1))
     worst = max(report[case]["on"]["cpu_p99_ratio_all"] for case in ("spread", "at once"))

@@ -66,6 +66,13 @@ class WrittenVersion(SessionVersion):
     id: str
 
 
+class Consolidated(WrittenVersion):
+    """The version of a consolidation, the recent tokens that were read again, and the levels that learned them."""
+
+    tokens_read: int
+    into: list[str]
+
+
 class SessionInfo(TypedDict):
     """A session; `bytes` counts all kept versions, the other sizes and the digest are the newest one's."""
 
@@ -212,6 +219,7 @@ BODIES: dict[tuple[str, str], Any] = {
     ("/v1/sessions/{id}/restore", "post"): WrittenVersion,
     ("/v1/sessions/{id}/fork", "post"): WrittenVersion,
     ("/v1/sessions/{id}/learn", "post"): Learned,
+    ("/v1/sessions/{id}/consolidate", "post"): Consolidated,
     ("/v1/sessions/{id}/history", "get"): VersionList,
     ("/v1/sessions/{id}/levels", "get"): LevelList,
     ("/v1/sessions/{id}/import", "put"): WrittenVersion,

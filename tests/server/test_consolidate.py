@@ -12,9 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
 from nested_runtime.models.replay import Consolidation
 from nested_runtime.store.base import SessionKey
+from server.schemas.bodies import Consolidated
 
 Chat = Callable[..., httpx.Response]
 
@@ -59,6 +61,7 @@ def test_it_is_a_version_of_its_own_that_can_be_restored_from(http: httpx.Client
     done = http.post("/v1/sessions/rest/consolidate", json={"decay": 0.5})
     assert done.status_code == 200, done.text
     assert (done.json()["version"], done.json()["kind"], done.json()["into"]) == (3, "consolidate", ["cms.2"])
+    TypeAdapter(Consolidated).validate_python(done.json(), strict=True)
     assert 32 < done.json()["tokens_read"] <= 32 + 8
     assert done.json()["tokens"] == was["tokens"]
     assert [one["kind"] for one in http.get("/v1/sessions/rest/history").json()["data"]] == [
