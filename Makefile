@@ -105,7 +105,7 @@ soak: venv redis ## mixed load for NESTED_SOAK_SECONDS (600) on SQLite and on Re
 		$(BIN)/pytest tests/faults/test_soak.py -n $(WORKERS) -m soak -rP $(ARGS)
 
 .PHONY: test
-test: lint types pytest ## lint, types, import contracts, then every test
+test: lint types pytest $(if $(NESTED_VLLM),test-vllm) ## lint, types, import contracts, then every test (NESTED_VLLM=1: vLLM's too)
 
 # Other people's clients, each in an environment of its own: their pins contradict one another. What cannot be installed
 # is skipped by the tests, visibly.
