@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.serving import Load, measure
 from benchmarks.state_io import ROOT, own_redis
 
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 
 
 @contextmanager
