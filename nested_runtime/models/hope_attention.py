@@ -148,6 +148,8 @@ class HopeAttention(LeveledModel):
     def __init__(self, config: HopeAttentionConfig) -> None:
         super().__init__()
         levels = read_levels(config, 1, config.blocks)
+        if levels and levels[0].chunk > config.context:
+            raise ConfigError(f"levels.0.chunk is {levels[0].chunk}, more than the context of {config.context} tokens")
         self.config, self.chunk, self.period, self.vocab_size = config, 1, 1, config.vocab_size
         self.embed: Weight = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
         first = config.blocks - config.adaptive_blocks

@@ -203,6 +203,7 @@ def test_the_command_says_it_in_one_line(source: Path, capsys: pytest.CaptureFix
     ("options", "named"),
     [
         (["--levels", "64,"], "--levels '64,' is not a list of whole numbers"),
+        (["--levels", "9999999"], "levels.0.chunk is 9999999, more than the context of 128 tokens"),
         (["--levels", "0"], "chunk must be at least 1, got 0"),
         (["--levels", "64,96"], "levels.1.chunk is 96: levels.0.chunk, 64, does not divide it"),
         (["--levels", "64", "--rank", "0"], "rank must be at least 1, got 0"),

@@ -70,6 +70,8 @@ def test_a_session_reads_only_the_new_message_and_answers_as_over_the_whole(serv
     text = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
     assert replies[1]["choices"][0]["message"]["content"] == text
     assert replies[1]["usage"]["prompt_tokens"] < ids.shape[1] - 10
+    taken = [reply["session"]["updates"] for reply in replies]  # of levels of chunk 16; the last token is not read yet
+    assert sum(taken) == (len(whole[0]) - 2) // 16
 
 
 def test_a_resent_conversation_is_not_read_twice(served: tuple[Path, Any, Any]) -> None:
