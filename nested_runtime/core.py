@@ -71,6 +71,7 @@ class Sequence:
     fork_of: str | None = None  # caller: a sequence submitted before, same prompt and start; its prefill is shared
     cache_key: tuple[str, ...] | None = None  # caller: (tenant, start state ...) for the prefix cache; None = off
     cache_points: tuple[int, ...] = ()  # caller: prompt lengths worth caching (ends of messages)
+    cache_upto: int | None = None  # caller: no longer prefix is kept or looked for; None = the whole prompt
     slot: int = 0  # engine: 0 = not admitted
     num_done: int = 0  # engine: tokens of prompt + output in the state
     output: list[int] = field(default_factory=list)  # engine: sampled tokens; the last one is never in the state

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -20,7 +21,7 @@ __all__ = ["PrefixCache"]
 Key = tuple[str, ...]
 
 _MIN_GRAIN = 16  # tokens between two possible lengths
-_FIRST_POWER = 128  # below, the power-of-two points are not worth a copy of the state
+_FIRST = 128  # tokens before the first point and between two; beyond 2,048 a sixteenth of the power of two below
 
 
 class PrefixCache:
@@ -42,20 +43,28 @@ class PrefixCache:
         # Prompt log-probabilities need every token read.
         if not self.states.max_bytes or sequence.cache_key is None or sequence.params.prompt_logprobs is not None:
             return {}
+        end = (
+            len(sequence.prompt) if sequence.cache_upto is None else min(len(sequence.prompt), sequence.cache_upto + 1)
+        )
         keys: dict[int, Key] = {}
         digest, done = hashlib.sha256(), 0
-        for length in range(self.grain - sequence.position % self.grain, len(sequence.prompt), self.grain):
+        for length in range(self.grain - sequence.position % self.grain, end, self.grain):
             digest.update(array("q", sequence.prompt[done:length]).tobytes())
             keys[length] = (*sequence.cache_key, str(sequence.position), digest.hexdigest())
             done = length
         return keys
 
     def points(self, sequence: Sequence, lengths: Iterable[int]) -> list[int]:
-        """Those of `lengths` to keep: at powers of two, at the caller's points, and the last, as far as they exist."""
+        """Those of `lengths` to keep: at the caller's points, the last, and so densely that no shared prefix of 2,000
+        tokens or more is read again by more than a sixteenth, but never more than sixteen for a doubling.
+        """
         available = sorted(lengths)
         wanted = [len(sequence.prompt), *sequence.cache_points]
-        wanted += [1 << bits for bits in range(_FIRST_POWER.bit_length() - 1, len(sequence.prompt).bit_length())]
-        floors = (max((length for length in available if length <= want), default=0) for want in wanted)
+        length = _FIRST
+        while available and length <= available[-1]:
+            wanted.append(length)
+            length += max(_FIRST, (1 << length.bit_length() - 1) // 16)
+        floors = (available[at - 1] if (at := bisect_right(available, want)) else 0 for want in wanted)
         return sorted(set(floors) - {0})
 
     def find(self, keys: Mapping[int, Key]) -> tuple[int, Mapping[str, torch.Tensor] | None]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from numba import njit
@@ -17,6 +20,15 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@cache
+def sources(folder: Path = Path(__file__).parent) -> str:
+    """Digest of every kernel's source below `folder`: what the machine code in the cache belongs to."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def entry(function: Function) -> Function:
     """Compile a kernel that Python calls, at its first call, one version per argument types.
 
@@ -24,7 +36,10 @@ def entry(function: Function) -> Function:
     (`NUMBA_CACHE_DIR` overrides both), or not at all where neither can be written.
     """
     try:
-        return njit(cache=True, **OPTIONS)(function)  # type: ignore[no-any-return]
+        compiled = njit(cache=True, **OPTIONS)(function)
+        # numba looks at the entry's own file; a change in a helper's file must compile anew, too.
+        compiled._cache._cache_file._source_stamp = sources()
+        return compiled  # type: ignore[no-any-return]
     except RuntimeError:  # numba: "cannot cache function ...: no locator available for file"
         return njit(**OPTIONS)(function)  # type: ignore[no-any-return]
 

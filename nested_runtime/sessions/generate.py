@@ -117,7 +117,7 @@ def _fitted(model: ServedModel, turn: Turn, prompt: list[int]) -> Turn:
 
 def _sequence(model: ServedModel, turn: Turn, start: Start, prompt: list[int], *, keeps: bool) -> Sequence:
     params, strip = turn.params, turn.messages is not None and model.tokenizer.opens_with_space
-    is_fresh = start.tensors is None and turn.session is None
+    ends, upto = _cacheable(model, turn, start, prompt)
     return Sequence(
         id=turn.id,
         prompt=prompt,
@@ -128,9 +128,28 @@ def _sequence(model: ServedModel, turn: Turn, start: Start, prompt: list[int], *
         keep_state_at_prompt=keeps and turn.learn == "prompt",
         stop_check=stop_check(model.tokenizer, params.stop, min_tokens=params.min_tokens, strip=strip),
         fork_of=turn.fork_of,
-        cache_key=(turn.scope, model.id) if is_fresh and turn.scope is not None else None,
-        cache_points=_message_ends(prompt, model) if is_fresh and turn.scope is not None else (),
+        cache_key=(turn.scope, model.id) if ends is not None and turn.scope is not None else None,
+        cache_points=ends or (),
+        cache_upto=upto,
     )
+
+
+def _cacheable(
+    model: ServedModel, turn: Turn, start: Start, prompt: list[int]
+) -> tuple[tuple[int, ...] | None, int | None]:
+    """Where messages end, None = cache nothing, and the longest prefix that the tenant's other requests may share.
+
+    Of a session only the system prompt is shared: what its user says must be gone when it is deleted.
+    """
+    if start.tensors is not None or start.pending is not None:
+        return None, None
+    ends = _message_ends(prompt, model)
+    if turn.session is None:
+        return ends, None
+    is_system = (
+        turn.messages is not None and bool(turn.messages) and turn.messages[0]["role"] in ("system", "developer")
+    )
+    return (ends[:1], ends[0]) if is_system and ends else (None, None)
 
 
 def _message_ends(prompt: list[int], model: ServedModel) -> tuple[int, ...]:

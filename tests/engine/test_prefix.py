@@ -99,6 +99,22 @@ def test_bounded_and_forgotten_by_tenant_and_session(counter: Any) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@given(shared=st.integers(2000, 60_000), chunk=st.sampled_from([1, 4, 24, 32]))
+def test_a_shared_prefix_without_marks_costs_a_tenth(shared: int, chunk: int) -> None:
+    cache = PrefixCache(chunk, 1)
+    first = ask("a", [1] * (shared + 100))
+    points = cache.points(first, cache.keys(first))
+    assert max(point for point in points if point <= shared) >= 0.9 * shared
+    assert len(points) <= 16 * (shared + 100).bit_length()
+
+
+def test_a_session_shares_its_beginning_only(counter: Any) -> None:
+    engine = cached_engine(counter)
+    run(engine, ask("1", [*SYSTEM, *range(30)], cache_points=(150,), cache_upto=150))
+    assert run(engine, ask("2", [*SYSTEM, *range(30)]))[2] == len(SYSTEM) + 30 - 144
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     length=st.integers(1, 900),
     position=st.integers(0, 100),
@@ -113,5 +129,5 @@ def test_points_are_few_and_on_boundaries(length: int, position: int, chunk: int
     assert len(set(keys.values())) == len(keys)
     assert set(points) <= set(keys)
     assert all(0 < point < length and (position + point) % chunk == 0 for point in points)
-    assert len(points) <= 1 + 3 + len(wanted)
+    assert len(points) <= 1 + length // 128 + len(wanted)
     assert not keys or max(keys) in points

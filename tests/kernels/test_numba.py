@@ -21,6 +21,7 @@ from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.kernels.delta_rule.reference import reference_scan
 from nested_runtime.kernels.delta_rule.segment import DeltaState, fold
 from nested_runtime.kernels.dispatch import KernelConfig, Kernels, choose, packed_kernels
+from nested_runtime.kernels.jit import sources
 from nested_runtime.kernels.short_conv.reference import short_conv
 from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.self_modifying import SelfModifying
@@ -335,6 +336,19 @@ def test_unknown_kernels_are_refused() -> None:
         ConfigError, match=r"NESTED_KERNELS is 'cobol'; give one of auto, reference, native, numba, triton"
     ):
         KernelConfig("cobol")
+
+
+def test_a_changed_helper_file_compiles_anew(tmp_path: Path) -> None:
+    for name, text in (("a.py", "x = 1"), ("b/c.py", "y = 2")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = sources.__wrapped__(tmp_path)
+    assert sources.__wrapped__(tmp_path) == before
+    (tmp_path / "b/c.py").write_text("y = 3")
+    assert sources.__wrapped__(tmp_path) != before
+    from nested_runtime.kernels.delta_rule import numba
+
+    assert numba._packed._cache._cache_file._source_stamp == sources()
 
 
 CACHED = "from nested_runtime.kernels.jit import entry\n\n\n@entry\ndef twice(x):\n    return 2 * x\n"
