@@ -70,7 +70,9 @@ class Runner:
             start += len(span.tokens)
         if not wanted:
             return torch.empty(0, self.model.vocab_size)
-        return self.model.logits(hidden[torch.tensor(wanted, device=self.device)]).to("cpu", torch.float32)
+        if len(wanted) < hidden.shape[0]:
+            hidden = hidden[torch.tensor(wanted, device=self.device)]
+        return self.model.logits(hidden).to("cpu", torch.float32)
 
     def _pack(self, spans: list[Span]) -> Batch:
         tokens = [token for span in spans for token in span.tokens]
@@ -88,7 +90,7 @@ class Runner:
 
     def _fill(self, buffer: torch.Tensor, values: list[int]) -> torch.Tensor:
         view = buffer[: len(values)]
-        view.copy_(torch.tensor(values, dtype=buffer.dtype))
+        view.numpy()[:] = values
         return view.to(self.device, non_blocking=True)
 
 

@@ -76,7 +76,8 @@ class Stack:
     ) -> None:  # fmt: skip
         first = blocks[0]
         self.library = abi.load(first.w_in.dtype)
-        self.names = [[f"{block.name}.{field}" for field in FIELDS] for block in blocks]
+        self.names = [f"{block.name}.{field}" for block in blocks for field in FIELDS]
+        self._found: list[torch.Tensor] = []  # the pool's tensors that the layers point to
         self._kept: list[Any] = []  # what the structures point to
         rule = abi.rule_of(head_dim, options)
         self._shape = abi.Shape(rule, first.w_in.shape[1], heads, first.conv.shape[0], first.up.shape[0])
@@ -101,9 +102,12 @@ class Stack:
 
     def __call__(self, x: torch.Tensor, batch: Batch, pool: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The stream x [T, D], overwritten with what it is behind the blocks; the pool is updated in place."""
-        for layer, names in zip(self._layers, self.names, strict=True):
-            for field, name in zip(FIELDS, names, strict=True):
-                setattr(layer.memory, field, abi.address(pool[name]))
+        found = [pool[name] for name in self.names]
+        if list(map(id, found)) != list(map(id, self._found)):
+            self._found = found
+            for place, tensor in enumerate(found):
+                layer, field = divmod(place, len(FIELDS))
+                setattr(self._layers[layer].memory, FIELDS[field], abi.address(tensor))
         self.library.stack(
             byref(self._shape), self._layers, len(self._layers), abi.packed(batch), self._last_norm,
             c_void_p(abi.address(x)), c_void_p(abi.address(self._scratch)),
