@@ -49,6 +49,10 @@ class LinearMemory(GatedStreams):
         window = TensorSpec("window", (self.conv_width - 1, 3 * self.heads * self.head_dim))
         return (TensorSpec("memory", square), *momentum, window)
 
+    def memory(self, state: State) -> dict[str, torch.Tensor]:
+        """X after the last token, without its momentum and the convolution's window."""
+        return {"memory": state["memory"]}
+
     def scan(self, x: torch.Tensor, state: State, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `UpdateRule.scan`."""
         streams, gate, logits = self.project(x)

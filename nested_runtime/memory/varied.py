@@ -72,6 +72,10 @@ class VariedSelfModifying(SelfModifying):
         window = TensorSpec("window", (self.conv_width - 1, 3 * self.heads * self.head_dim))
         return (*(TensorSpec(name, shape) for name in names), window)
 
+    def memory(self, state: State) -> dict[str, torch.Tensor]:
+        """X after the last token."""
+        return {"live": state["live"]}
+
     def row_rates(self) -> torch.Tensor:
         """r per row of the state [H, R]: 0 for memories that are fixed."""
         rates = super().row_rates()

@@ -30,7 +30,6 @@ LEVELS = [
     "hope+pieces",
     "hope+deep",
     "hope+varied",
-    "titans+sequential",
     "transformer+sequential",
     "hope-attention+stacked",
 ]

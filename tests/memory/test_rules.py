@@ -153,6 +153,7 @@ def test_the_memory_is_what_the_state_has_learned(rule: UpdateRule, seed: int, l
     _, state = read(rule, stream(seed, 2, length), [])
     found = rule.memory(state)
     assert found.keys() <= state.keys()
+    assert all(tensor.any() for tensor in found.values())
     if isinstance(rule, DeepSelfModifying):
         assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
     if not isinstance(rule, SelfModifying) or "tail_g" not in state:
