@@ -1,4 +1,4 @@
-"""Keys and tenants: every route but /health and /ready asks for a key, and a foreign session does not exist."""
+"""Keys and tenants: every route but /health, /ready and the web page asks for a key; foreign sessions do not exist."""
 
 from __future__ import annotations
 
