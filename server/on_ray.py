@@ -26,10 +26,15 @@ def serve(settings: Settings, announce: Callable[[], None]) -> None:
         ) from None
 
     def make_app() -> Any:
+        from . import logs
         from .app import create_app
         from .assembly import assemble
 
-        return create_app(assemble(settings))
+        lines = logs.configured(settings.log_format)
+        lines.__enter__()
+        app = create_app(assemble(settings))
+        app.state.lines = lines  # they are written, into Ray's log of the replica, for as long as it lives
+        return app
 
     engine = settings.engine
     ray.run(
