@@ -53,7 +53,7 @@ def served(settings: Settings) -> Iterator[tuple[str, Service, asyncio.AbstractE
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
     try:
-        assert ready.wait(120)
+        assert ready.wait(600)
         yield started[0]
     finally:
         server.should_exit = True
