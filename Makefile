@@ -217,9 +217,37 @@ build/peers/.installed: benchmarks/peers.txt $(VENV)/.installed-test
 bench-peers: build/peers/.installed ## beside a Llama of equal size and other memories: build/bench/peers.json
 	@PYTHONPATH=build/peers OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peers $(ARGS)
 
+# What is made from the code is committed, and tests fail when it is stale; the TypeScript types have a target of their own.
 .PHONY: docs
-docs: venv ## check that README and docs name only what exists
-	@$(BIN)/pytest -q tests/meta -k docs
+docs: venv ## make docs/cli.md and docs/api.md from the code, then check that the docs name only what exists
+	@$(BIN)/python -m tools.cli_reference
+	@$(BIN)/python -m tools.api_reference
+	@$(BIN)/pytest -n 0 -q tests/meta -k docs
+
+.PHONY: test-docs
+test-docs: venv ## run every code block of README and docs against a real server
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/clients/test_blocks.py $(ARGS)
+
+# CI has no container engine: the Dockerfile's steps are replayed in a folder, and its server started there. TORCH_INDEX: another
+# index with CPU builds of torch.
+.PHONY: test-container
+test-container: venv ## replay the CPU image without an engine: build, start, health check, stop
+	@$(BIN)/python -m tools.container $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) $(ARGS)
+
+DEPLOY := build/deploy-tools
+$(DEPLOY)/.installed: tools/requirements-deploy.txt | $(BIN)/python
+	@$(BIN)/python -m venv $(DEPLOY) && $(DEPLOY)/bin/python -m pip install --disable-pip-version-check --quiet -r $< && touch $@
+
+.PHONY: lint-deploy
+lint-deploy: $(DEPLOY)/.installed ## hadolint, Kubernetes schemas, yamllint, shellcheck
+	@$(DEPLOY)/bin/hadolint Dockerfile
+	@$(DEPLOY)/bin/kubernetes-validate --strict deploy/kubernetes.yaml
+	@$(DEPLOY)/bin/yamllint -s -d '{extends: relaxed, rules: {line-length: {max: 130}}}' compose.yaml deploy
+	@$(DEPLOY)/bin/shellcheck .ci/run tools/*.sh
+
+.PHONY: newcomer
+newcomer: ## time the path from clone to the first remembered fact (under 300 s)
+	@tools/newcomer.sh $(ARGS)
 
 .PHONY: clean
 clean: ## remove the environment and every cache

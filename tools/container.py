@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WRITABLE = ("/data", "/tmp")  # noqa: S108
 OURS = ("/opt/nested", "/src", "/data", "/tmp", "/home/nested")  # noqa: S108 - paths of the image
 SYSTEM = re.compile(r"\b(useradd|apt-get|install -d)\b")
-START_SECONDS = 300.0
+START_SECONDS = 1200.0  # numba compiles into an empty cache, perhaps on a busy machine
 
 
 @dataclass
@@ -141,7 +141,8 @@ class Replay:
             port = str(probe.getsockname()[1])
         keys = self.root / "api_keys"
         keys.write_text("tenant key-of-the-tenant\n")
-        words = [port if word == "8000" else self.here(word) for word in [*entry, "--api-key-file", str(keys)]]
+        words = [port if word == "8000" else self.here(word) for word in entry]
+        words += ["--api-key-file", str(keys)]
         words[0] = str(self.at("/opt/nested") / "bin" / words[0])
         check = json.loads(health[health.index("[") :].replace(":8000", f":{port}"))
         process = subprocess.Popen([*self._confined(), *words], cwd=self.at("/home/nested"), env=self.env)  # noqa: S603 - our image
