@@ -25,7 +25,7 @@ from nested_runtime.models.loading import save_model
 from nested_runtime.tokenizer import SPECIAL, Tokenizer
 
 BIN = Path(sys.executable).parent
-START_SECONDS = 120.0
+START_SECONDS = 280.0  # torch alone takes long to import on a busy machine
 
 
 def byte_tokenizer() -> Tokenizer:
