@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.updates
 
-On: hope-nano with the levels of a training config. Off: the same with chunks so long that no step falls into the run.
-Plain: hope-nano as it is, whose blocks may have a faster path without levels. "spread": the sessions stand at places
-evenly spread over a chunk, as independent users do; "at once": all reach the end of their chunks in the same step.
-They take turns, round by round. A latency is the time from a token of a session to its next one. Time is CPU time
-of the engine's thread, what an idle core would have taken, so that a busy machine disturbs little; wall time is shown
-beside it. "own" latencies hold an update of the session itself, "others" all the rest: what another's update may cost.
+On: hope-nano with the levels of a training config. Off: the same with chunks so long that no step falls into the run,
+and no time for their gradients. Plain: hope-nano as it is, whose blocks may have a faster path without levels.
+"spread": the sessions stand at places evenly spread over a chunk, as independent users do; "at once": all reach the end
+of their chunks in the same step. They take turns, round by round. A latency is the time from a token of a session to
+its next one. Time is CPU time of the engine's thread, what an idle core would have taken, so that a busy machine
+disturbs little; wall time is shown beside it. "own" latencies hold an update of the session itself, "others" all the rest: what another's update may cost.
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ def main() -> int:
     for case in ("spread", "at once"):
         texts = prompts(case, args.sessions, chunk)
         found = {name: Latencies() for name in made}
-        engines = {n: Engine(model, capacity=args.sessions, update_share=args.share) for n, model in made.items()}
+        engines = {
+            n: Engine(model, capacity=args.sessions, update_share=args.share if n == "on" else 0.0)
+            for n, model in made.items()
+        }
         for engine in engines.values():
             engine.submit(Sequence("warm-up", [10] * (chunk + 2), SamplingParams(max_tokens=2, ignore_eos=True)))
             while engine.has_work:

@@ -46,7 +46,7 @@ class Updates:
         """Count and measure anew: a warm-up is slower than what follows."""
         self.num_steps = self.num_refused = 0
         self.step_seconds = 0.0
-        self.cost: dict[int, float] = {}  # seconds of a session's piece by its end; of its step at 0
+        self.cost: dict[int, float] = {}  # seconds of a session's piece by its length; of its step at 0
 
     def saw_step(self, seconds: float) -> None:
         """Take note of how long a step that decodes took."""
@@ -63,7 +63,7 @@ class Updates:
             spent += self._run(self._batch(due, allowed - spent if decoding else math.inf), failures)
             due = [job for job in due if job.is_due and not any(job is failed for failed, _ in failures)]
         early = sorted((job for job in live if self._can_study(job)), key=lambda job: job.chunk - job.filled)
-        while early and allowed and spent + self.cost.get(self._next(early[0]), 0.0) <= allowed:
+        while early and allowed and spent + self._cost(early[0]) <= allowed:
             spent += self._run(self._batch(early, allowed - spent), failures)
             early = [job for job in early if self._can_study(job) and not any(job is failed for failed, _ in failures)]
         return failures
@@ -80,12 +80,16 @@ class Updates:
         """The first job and those with the same work, as many as fit the time; at least one."""
         kind = self._kind(jobs[0])
         batch = [job for job in jobs if self._kind(job) == kind][:MAX_BATCH]
-        cost = self._cost(self._next(jobs[0]))
-        return batch[: max(1, int(min(seconds / cost, MAX_BATCH)))] if cost else batch
+        if math.isinf(seconds):
+            return batch
+        cost = self._cost(jobs[0])
+        return batch[: max(1, int(min(seconds / cost, MAX_BATCH)))] if cost else batch[:1]  # one shows what it costs
 
-    def _cost(self, end: int) -> float:
+    def _cost(self, job: Job) -> float:
         """Seconds that a session's next piece takes, the step included where it follows at once."""
-        return self.cost.get(end, 0.0) + (self.cost.get(0, 0.0) if end == self.model.update_chunk else 0.0)
+        end = self._next(job)
+        step = self.cost.get(0, 0.0) if end in (0, self.model.update_chunk) else 0.0
+        return (self.cost.get(end - job.studied, 0.0) if end else 0.0) + step
 
     def _kind(self, job: Job) -> tuple[int, int]:
         """Jobs of one kind may be batched. A whole chunk is read again where it stands, modulo the model's period."""
@@ -117,7 +121,7 @@ class Updates:
             own = {name: tensor[row] for name, tensor in found.items()}
             job.gradients = {n: job.gradients[n] + t if begin else t.clone() for n, t in own.items()}
             job.studied = end
-        self.cost[end] = _mean(self.cost.get(end, 0.0), (perf_counter() - began) / len(jobs))
+        self.cost[end - begin] = _mean(self.cost.get(end - begin, 0.0), (perf_counter() - began) / len(jobs))
 
     def _step(self, jobs: Sequence[Job]) -> None:
         """Step the levels of `jobs`. Raises what the model raises."""
