@@ -7,7 +7,8 @@ and no time for their gradients. Plain: hope-nano as it is, whose blocks may hav
 "spread": the sessions stand at places evenly spread over a chunk, as independent users do; "at once": all reach the end
 of their chunks in the same step. They take turns, round by round. A latency is the time from a token of a session to
 its next one. Time is CPU time of the engine's thread, what an idle core would have taken, so that a busy machine
-disturbs little; wall time is shown beside it. "own" latencies hold an update of the session itself, "others" all the rest: what another's update may cost.
+disturbs little; wall time is shown beside it. "own" latencies hold an update of the session itself, "others" all the
+rest: what another's update may cost.
 """
 
 from __future__ import annotations
