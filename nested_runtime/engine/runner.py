@@ -8,6 +8,8 @@ from itertools import accumulate
 import torch
 
 from nested_runtime.core import Batch
+from nested_runtime.engine.graphs import DecodeGraphs
+from nested_runtime.kernels.dispatch import packed_kernels
 from nested_runtime.models.base import LanguageModel
 from nested_runtime.state.pool import SlotPool
 from nested_runtime.state.spec import TensorSpec
@@ -40,9 +42,18 @@ class Runner:
     """Packs spans into persistent buffers and runs the model on them.
 
     max_tokens, max_sequences: the most one step may hold
+    graphs: how decode steps are repeated; None = from CUDA graphs where the device and the model allow it, else not
     """
 
-    def __init__(self, model: LanguageModel, pool: SlotPool, *, max_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        pool: SlotPool,
+        *,
+        max_tokens: int,
+        max_sequences: int,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
         self.pool = pool
         self.device = pool.device
@@ -51,11 +62,18 @@ class Runner:
         self._cu_seqlens = torch.zeros(max_sequences + 1, dtype=torch.int32, pin_memory=pin)
         self._slots = torch.zeros(max_sequences, dtype=torch.int32, pin_memory=pin)
         self._positions = torch.zeros(max_sequences, dtype=torch.int64, pin_memory=pin)
+        if graphs is None and pin and model.is_capturable and packed_kernels("cuda", torch.float32) is not None:
+            graphs = DecodeGraphs(lambda batch: model(batch, pool.tensors), max_sequences, self.device)
+        self.graphs = graphs
 
     @torch.inference_mode()
     def step(self, spans: list[Span]) -> StepOutput:
         """Read the spans; the pool's slots are updated in place."""
-        hidden = self.model(self._pack(spans), self.pool.tensors)
+        batch = self._pack(spans)
+        if self.graphs is not None and self.graphs.fits(batch):
+            hidden = self.graphs.run(batch)
+        else:
+            hidden = self.model(batch, self.pool.tensors)
         logits = self._logits(hidden, spans)
         num_rows = [len(span.rows) for span in spans]
         bad = {*_bad(hidden, [len(span.tokens) for span in spans]), *_bad(logits, num_rows)}

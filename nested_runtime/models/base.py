@@ -30,6 +30,7 @@ class LanguageModel(nn.Module, ABC):
     levels: tuple[Level, ...] = ()  # adaptive levels, fastest first
     update_chunk: int = 0  # C_1: session tokens between two updates of the levels; 0 = no level adapts
     pieces: tuple[int, ...] = ()  # where the pieces of a chunk end that `gradients` takes; one = the chunk as a whole
+    is_capturable: bool = False  # a decode step may be captured in a CUDA graph: `forward` never waits for the device
     period: int = 0  # `update` of sessions whose positions are equal modulo this may be batched; 0 = only equal ones
 
     @classmethod

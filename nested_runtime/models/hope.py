@@ -68,7 +68,7 @@ class Hope(BlockModel):
         options = RuleOptions(config.chunk, config.read, config.retain)
         rule = rule_of(config, options)
         super().__init__(config.vocab_size, config.dim, config.blocks, config.mlp_ratio, config.chunk, rule, config)
-        self.config, self.period = config, config.chunk
+        self.config, self.period, self.is_capturable = config, config.chunk, not config.levels
 
     @classmethod
     def from_config(cls, fields: Mapping[str, Any]) -> Hope:
