@@ -105,7 +105,7 @@ soak: venv redis ## mixed load for NESTED_SOAK_SECONDS (600) on SQLite and on Re
 		$(BIN)/pytest tests/faults/test_soak.py -n $(WORKERS) -m soak -rP $(ARGS)
 
 .PHONY: test
-test: lint types pytest $(if $(NESTED_VLLM),test-vllm) ## lint, types, import contracts, then every test (NESTED_VLLM=1: vLLM's too)
+test: lint types pytest aot $(if $(NESTED_VLLM),test-vllm) ## lint, types, import contracts, tests, kernels compiled (NESTED_VLLM=1: vLLM's too)
 
 # Other people's clients, each in an environment of its own: their pins contradict one another. What cannot be installed
 # is skipped by the tests, visibly.
@@ -208,6 +208,12 @@ bench: venv redis ## measure kernels, updates of levels and state I/O (a running
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.updates
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.state_io $(ARGS)
+
+# Needs no GPU: Triton's wheel carries the compilers. Kept by the hash of the source in build/aot.
+.PHONY: aot
+aot: venv ## compile every Triton kernel for sm_80, sm_90, sm_100: no spills, shared memory within limits
+	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "WARNING: no triton for this platform: kernels are not compiled" >&2; exit 0; }; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aot
 
 # Other people's packages, beside the environment instead of in it: their pins would move torch.
 build/peers/.installed: benchmarks/peers.txt $(VENV)/.installed-test

@@ -1,6 +1,6 @@
 """Memory kernels on CPU: one HOPE layer's packed step, torch reference against numba, correctness first.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.kernels
+    OMP_NUM_THREADS=1 python -m benchmarks.kernels [--device cuda: benchmarks/gpu.py]
 
 Decode is one token of each of 1, 16, 64 sessions in the middle of a chunk; prefill is 512 tokens of one session. The
 systems take turns; time is CPU time of this process (one thread), so that a busy machine disturbs little; medians.
@@ -9,6 +9,7 @@ A step is the whole layer (projections, convolution, rule, norm, output); "gemm"
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
+from benchmarks import gpu
 from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.memory.base import UpdateRule
@@ -126,4 +128,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    if parser.parse_args().device == "cuda":
+        gpu.main()
+    else:
+        main()

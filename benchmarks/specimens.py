@@ -10,9 +10,12 @@ import torch
 from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.kernels.delta_rule.triton import packed_scan
-from nested_runtime.kernels.gated_delta.triton import CHUNK, ROWS, packed_gated_delta
+from nested_runtime.kernels.gated_delta.triton import TRAIN_CHUNK, TRAIN_ROWS, packed_gated_delta
 from nested_runtime.kernels.gated_delta.triton_backward import backward
+from nested_runtime.kernels.levels.triton import low_rank_apply, outer_step, step
+from nested_runtime.kernels.mlp_memory.triton import chunk_gradient
 from nested_runtime.kernels.short_conv.triton import packed_conv
+from nested_runtime.kernels.slots.triton import copy_slots, pack_int8, unpack_int8, zero_slots
 
 __all__ = ["SPECIMENS"]
 
@@ -35,8 +38,8 @@ def delta_rule(dim: int, tokens: int, read: str = "token", retain: str = "start"
     packed_scan(*inputs, pool, batch(64, tokens), RuleOptions(c, read, retain))
 
 
-def plain_rule(dim: int, tokens: int) -> None:
-    wide, gate = empty(tokens, 16, dim), empty(tokens, 16)
+def plain_rule(dim: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    wide, gate = empty(tokens, 16, dim, dtype=dtype), empty(tokens, 16)
     where = batch(64, tokens)
     packed_gated_delta(
         wide, wide, wide, gate, gate, empty(65, 16, dim, dim), where.slots, where.cu_seqlens, longest=where.longest
@@ -44,15 +47,38 @@ def plain_rule(dim: int, tokens: int) -> None:
 
 
 def plain_training(dim: int) -> None:
-    wide, gate, chunks = empty(4096, 16, dim), empty(4096, 16), 4096 // CHUNK + 8
-    inverses, decays, kept = (empty(chunks, 16, *s) for s in ((CHUNK, CHUNK), (CHUNK,), (dim, dim)))
+    wide, gate, chunks = empty(4096, 16, dim, dtype=torch.bfloat16), empty(4096, 16), 4096 // TRAIN_CHUNK + 8
+    inverses, decays, kept = (empty(chunks, 16, *s) for s in ((TRAIN_CHUNK, TRAIN_CHUNK), (TRAIN_CHUNK,), (dim, dim)))
     state = empty(8, 16, dim, dim)
     bounds = empty(9, dtype=torch.int32)
-    backward(wide, wide, wide, gate, gate, inverses, decays, kept, bounds, wide, state, ROWS)
+    backward(wide, wide, wide, gate, gate, inverses, decays, kept, bounds, empty(4096, 16, dim), state, TRAIN_ROWS)
 
 
 def short_conv() -> None:
     packed_conv(empty(512, 3072), empty(65, 3, 3072), empty(4, 3072), batch(64, 512))
+
+
+def slots() -> None:
+    pool, where = empty(65, 16, 194, 64), empty(64, dtype=torch.int32)
+    copy_slots(pool, where, where)
+    zero_slots(pool, where)
+    unpack_int8(*pack_int8(pool, where), pool, where)
+
+
+def levels() -> None:
+    where, rate = batch(64, 512), empty(64)
+    inner, outer = empty(65, 16, 1024), empty(65, 4096, 16)
+    low_rank_apply(empty(512, 1024), empty(512, 4096), empty(16, 1024), inner, outer, where.slots, where.cu_seqlens)
+    dense, momentum = empty(17, 4096, 1024), empty(17, 4096, 1024)
+    step(dense, empty(64, 4096, 1024), where.slots, rate, momentum, 0.9, rate)
+    outer_step(dense, *(empty(64, 512, n, dtype=torch.bfloat16) for n in (4096, 1024)), where.slots, rate)
+
+
+def mlp_memory() -> None:
+    wide = empty(64, 32, 16, 64)
+    chunk_gradient(
+        wide, wide, empty(64, 32, 16), empty(65, 16, 64, 256), empty(65, 16, 256, 64), empty(64, dtype=torch.int32)
+    )
 
 
 SPECIMENS: dict[str, Callable[[], None]] = {
@@ -63,6 +89,10 @@ SPECIMENS: dict[str, Callable[[], None]] = {
     "short_conv": short_conv,
     "gated_delta decode 128": partial(plain_rule, 128, 64),
     "gated_delta prefill 64": partial(plain_rule, 64, 512),
+    "gated_delta prefill 64 float32": partial(plain_rule, 64, 512, torch.float32),
     "gated_delta prefill 128": partial(plain_rule, 128, 512),
+    "slots": slots,
+    "levels": levels,
+    "mlp_memory": mlp_memory,
     "gated_delta backward 64": partial(plain_training, 64),
 }

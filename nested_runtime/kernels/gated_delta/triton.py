@@ -10,7 +10,8 @@ of all chunks side by side, by substitution, then walks each sequence's chunks w
     S <- g_C S + sum_j (g_C / g_j) d_j k_j^T
 
 Ratios of g are taken in log space and masked before exp. State and sums are float32; operands of products have the
-dtype of q, k and v (bfloat16 or float32; in float32 products run as `triton_math.precision` says).
+dtype of q, k and v: bfloat16, or float32 with TF32 products (on AMD exact ones). Only the inverse takes three TF32
+products, as it is what near-equal keys make sensitive.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from nested_runtime.kernels.triton_math import precision, tile
 
 __all__ = ["gated_delta", "packed_gated_delta"]
 
-CHUNK = 32
-ROWS = 32  # of the state in one program
+CHUNK, ROWS = 32, 32  # tokens of a chunk, rows of the state in one program
+TRAIN_CHUNK, TRAIN_ROWS = 16, 16  # the backward holds more tiles at once
 
 
 @triton.jit
@@ -75,23 +76,27 @@ def _place(cu_seqlens, n, sequences, C: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit
 def invert(
-    k, log_alpha, eta, cu_seqlens, inverses, decays, sequences,
-    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, PREC: tl.constexpr,
+    k, log_alpha, eta, cu_seqlens, inverses, decays, sequences, columns,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, H): inverses [chunks, H, C, C] and log g [chunks, H, C] of every chunk."""
     n, h = tl.program_id(0), tl.program_id(1)
     first, count = _place(cu_seqlens, n, sequences, C, BP)
     if count <= 0:
         return
-    i, c = tl.arange(0, C), tl.arange(0, KP)
+    i, c = tl.arange(0, C), tl.arange(0, 16)
     token = (first + i).to(tl.int64) * H + h
-    kt = tl.load(k + token[:, None] * K + c[None, :], mask=(i < count)[:, None] & (c < K)[None, :], other=0.0)
+    kk = tl.zeros([C, C], tl.float32)
+    for c0 in range(0, columns, 16):
+        inside = (i < count)[:, None] & (c0 + c < K)[None, :]
+        kt = tl.load(k + token[:, None] * K + (c0 + c)[None, :], mask=inside, other=0.0)
+        kk = tl.dot(kt, tl.trans(kt), kk, input_precision=PREC)
     la = tl.load(log_alpha + token, mask=i < count, other=0.0)
     et = tl.load(eta + token, mask=i < count, other=0.0)
     g = tl.cumsum(la, 0)
     row, column = i[:, None], i[None, :]
     ratio = tl.exp(tl.where(row < column, (g - la)[None, :] - g[:, None], float("-inf")))
-    at = tl.dot(kt, tl.trans(kt), input_precision=PREC) * ratio * et[None, :]  # A^T
+    at = kk * ratio * et[None, :]  # A^T
     inverse = tl.where(row == column, 1.0, 0.0)
     for t in range(1, C):
         a = tl.sum(tl.where(column == t, at, 0.0), 1)
@@ -152,20 +157,21 @@ def scan(
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_alpha: torch.Tensor, eta: torch.Tensor, pool: torch.Tensor,
     slots: torch.Tensor, out_slots: torch.Tensor, cu_seqlens: torch.Tensor, out: torch.Tensor, least: int, keep: bool,
+    chunk: int = CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Prefill; inverses, log g and the kept states of all chunks."""
     total, heads, dim = k.shape
-    rows, sequences, chunks = v.shape[2], len(slots), total // CHUNK + len(slots)
-    inverses = torch.empty(chunks, heads, CHUNK, CHUNK, device=k.device)
-    decays = torch.empty(chunks, heads, CHUNK, device=k.device)
+    rows, sequences, chunks = v.shape[2], len(slots), total // chunk + len(slots)
+    inverses = torch.empty(chunks, heads, chunk, chunk, device=k.device)
+    decays = torch.empty(chunks, heads, chunk, device=k.device)
     kept = torch.empty(chunks if keep else 0, heads, rows, dim, device=k.device)
-    sizes = {"H": heads, "K": dim, "KP": tile(dim), "C": CHUNK, "BP": triton.next_power_of_2(sequences)}
+    sizes = {"H": heads, "K": dim, "C": chunk, "BP": triton.next_power_of_2(sequences)}
     invert[chunks, heads](
-        k, log_alpha, eta, cu_seqlens, inverses, decays, sequences, **sizes, PREC=precision(), num_stages=1
+        k, log_alpha, eta, cu_seqlens, inverses, decays, sequences, dim, **sizes, PREC=precision(), num_stages=1
     )
     scan[sequences, heads, triton.cdiv(rows, ROWS)](
         q, k, v, log_alpha, eta, inverses, decays, pool, slots, out_slots, cu_seqlens, out, kept, pool.stride(0),
-        **sizes, V=rows, BV=ROWS, MIN=least, KEEP=keep, PREC=precision(), num_stages=1,
+        **sizes, KP=tile(dim), V=rows, BV=ROWS, MIN=least, KEEP=keep, PREC="tf32", num_warps=4, num_stages=1,
     )  # fmt: skip
     return inverses, decays, kept
 
@@ -206,7 +212,7 @@ class _Scan(torch.autograd.Function):
         pool = torch.cat([torch.zeros_like(state[:1]), state])
         out = torch.empty(batch * length, heads, rows, device=device)
         fq, fk, fv, fa, fe = flat
-        inverses, decays, kept = _launch(fq, fk, fv, fa, fe, pool, slots, slots, bounds, out, 1, True)
+        inverses, decays, kept = _launch(fq, fk, fv, fa, fe, pool, slots, slots, bounds, out, 1, True, TRAIN_CHUNK)
         ctx.save_for_backward(*flat, inverses, decays, kept, bounds)
         return out.view(batch, length, heads, rows), pool[1:].clone()
 
@@ -215,7 +221,9 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         q, k, v, log_alpha, eta, inverses, decays, kept, bounds = ctx.saved_tensors
         d_out, d_state = (g.contiguous().float() for g in grads)
-        found = backward(q, k, v, log_alpha, eta, inverses, decays, kept, bounds, d_out.flatten(0, 1), d_state, ROWS)
+        found = backward(
+            q, k, v, log_alpha, eta, inverses, decays, kept, bounds, d_out.flatten(0, 1), d_state, TRAIN_ROWS
+        )
         shape = d_out.shape[:2]
         return *(
             g.unflatten(0, shape).to(t.dtype) for g, t in zip(found[:5], (q, k, v, log_alpha, eta), strict=True)

@@ -15,16 +15,27 @@ import torch
 import triton
 import triton.language as tl
 
-from nested_runtime.kernels.triton_math import precision, tile
+from nested_runtime.kernels.triton_math import tile
 
 __all__ = ["backward"]
+
+
+@triton.jit
+def _dot(a, b, DT: tl.constexpr, PREC: tl.constexpr):
+    return tl.dot(a.to(DT), b.to(DT), input_precision=PREC)
+
+
+@triton.jit
+def _add(c, a, b, DT: tl.constexpr, PREC: tl.constexpr):
+    return tl.dot(a.to(DT), b.to(DT), c, input_precision=PREC)
 
 
 @triton.jit
 def _chunk(
     q, k, v, log_alpha, eta, inverses, decays, kept, d_out, dq, dk, dv, d_log_alpha, d_eta, ds, token, first, end,
     block, h, part, r,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, DT: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     i, c = tl.arange(0, C), tl.arange(0, KP)
     inside, row, column = first + i < end, i[:, None], i[None, :]
@@ -39,51 +50,51 @@ def _chunk(
     s0 = tl.load(kept + cells, mask=(r < V)[:, None] & (c < K)[None, :], other=0.0)
     inverse = tl.load(inverses + ((block * H + h) * C + row) * C + column)
     before = tl.exp(g - la)
-    seen = tl.dot(kt, tl.trans(s0), input_precision=PREC)
+    seen = _dot(kt, tl.trans(s0), DT, PREC)
     error = tl.load(v + narrow, mask=nm, other=0.0).to(tl.float32) - before[:, None] * seen
-    d = tl.dot(inverse, et[:, None] * error, input_precision=PREC)
+    d = _dot(inverse, et[:, None] * error, DT, PREC)
     do = tl.load(d_out + narrow, mask=nm, other=0.0)
     # S' = g_C S + (w D)^T k
     w = tl.exp(tl.where(inside, last - g, float("-inf")))
-    z = tl.dot(kt, tl.trans(ds), input_precision=PREC) * w[:, None]
+    z = _dot(kt, tl.trans(ds), DT, PREC) * w[:, None]
     per_token = tl.sum(d * z, 1)
     dg = tl.where(i == C - 1, tl.sum(per_token, 0) + tl.exp(last) * tl.sum(tl.sum(ds * s0, 1), 0), 0.0) - per_token
-    dkt = tl.dot(d * w[:, None], ds, input_precision=PREC)
+    dkt = _dot(d * w[:, None], ds, DT, PREC)
     # o = g S q + W D
     qt = tl.load(q + wide, mask=wm, other=0.0).to(tl.float32)
     ratio = tl.exp(tl.where(row >= column, g[:, None] - g[None, :], float("-inf")))
-    weights = tl.dot(qt, tl.trans(kt), input_precision=PREC) * ratio
-    dd = tl.dot(tl.trans(weights), do, z, input_precision=PREC)
+    weights = _dot(qt, tl.trans(kt), DT, PREC) * ratio
+    dd = _add(z, tl.trans(weights), do, DT, PREC)
     scaled = do * tl.exp(g)[:, None]
-    dg += tl.sum(scaled * tl.dot(qt, tl.trans(s0), input_precision=PREC), 1)
-    dw = tl.dot(do, tl.trans(d), input_precision=PREC)
+    dg += tl.sum(scaled * _dot(qt, tl.trans(s0), DT, PREC), 1)
+    dw = _dot(do, tl.trans(d), DT, PREC)
     dlog = dw * weights
     dg += tl.sum(dlog, 1) - tl.sum(dlog, 0)
     dqk = dw * ratio
-    dqt = tl.dot(scaled, s0, tl.dot(dqk, kt, input_precision=PREC), input_precision=PREC)
+    dqt = _add(_dot(dqk, kt, DT, PREC), scaled, s0, DT, PREC)
     tl.store(dq + part * K + wide, dqt, mask=wm)
-    dkt = tl.dot(tl.trans(dqk), qt, dkt, input_precision=PREC)
-    ds = tl.dot(tl.trans(scaled), qt, tl.exp(last) * ds, input_precision=PREC)
+    dkt = _add(dkt, tl.trans(dqk), qt, DT, PREC)
+    ds = _add(tl.exp(last) * ds, tl.trans(scaled), qt, DT, PREC)
     # D = (I + A)^-1 rhs, A = eta F (k.k)
-    d_rhs = tl.dot(tl.trans(inverse), dd, input_precision=PREC)
+    d_rhs = _dot(tl.trans(inverse), dd, DT, PREC)
     f = tl.exp(tl.where((row > column) & inside[:, None], (g - la)[:, None] - g[None, :], float("-inf")))
-    daf = tl.dot(d_rhs, tl.trans(d), input_precision=PREC) * -f
-    kk = tl.dot(kt, tl.trans(kt), input_precision=PREC)
+    daf = _dot(d_rhs, tl.trans(d), DT, PREC) * -f
+    kk = _dot(kt, tl.trans(kt), DT, PREC)
     de = tl.sum(daf * kk, 1)
     dkk = daf * et[:, None]
     dlog = dkk * kk
     dg_prev = tl.sum(dlog, 1)
     dg -= tl.sum(dlog, 0)
-    dkt = tl.dot(dkk + tl.trans(dkk), kt, dkt, input_precision=PREC)
+    dkt = _add(dkt, dkk + tl.trans(dkk), kt, DT, PREC)
     # rhs = eta (v - g_prev S k)
     de += tl.sum(d_rhs * error, 1)
     dt = d_rhs * et[:, None]
     tl.store(dv + narrow, dt, mask=nm)
     dp = dt * -before[:, None]
     dg_prev += tl.sum(dp * seen, 1)
-    dkt = tl.dot(dp, s0, dkt, input_precision=PREC)
+    dkt = _add(dkt, dp, s0, DT, PREC)
     tl.store(dk + part * K + wide, dkt, mask=wm)
-    ds = tl.dot(tl.trans(dp), kt, ds, input_precision=PREC)
+    ds = _add(ds, tl.trans(dp), kt, DT, PREC)
     total = dg + dg_prev
     dla = tl.sum(total, 0) - tl.cumsum(total, 0) + total - dg_prev  # sums over what comes after
     tl.store(d_log_alpha + part + token, dla, mask=inside)
@@ -115,7 +126,7 @@ def scan_backward(
         first = begin + m * C
         token = (first + i).to(tl.int64) * H + h
         ds = _chunk(q, k, v, log_alpha, eta, inverses, decays, kept, d_out, dq, dk, dv, d_log_alpha, d_eta, ds, token,
-                    first, end, before + m, h, part, r, H, K, V, KP, C, PREC)  # fmt: skip
+                    first, end, before + m, h, part, r, H, K, V, KP, C, k.dtype.element_ty, PREC)  # fmt: skip
     tl.store(d_start + cells, ds, mask=mask)
 
 
@@ -134,6 +145,6 @@ def backward(
     scan_backward[sequences, heads, blocks](
         q, k, v, log_alpha, eta, inverses, decays, kept, cu_seqlens, d_out, d_state, dq, dk, dv, d_log_alpha, d_eta,
         d_start, total * heads, H=heads, K=dim, V=size, KP=tile(dim), C=inverses.shape[2], BV=rows,
-        BP=triton.next_power_of_2(sequences), PREC=precision(), num_warps=8, num_stages=1,
+        BP=triton.next_power_of_2(sequences), PREC="tf32", num_warps=4, num_stages=1,
     )  # fmt: skip
     return dq.sum(0), dk.sum(0), dv, d_log_alpha.sum(0), d_eta.sum(0), d_start
