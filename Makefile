@@ -204,10 +204,11 @@ test-typescript: venv $(NODE)/.installed ## tsc over the TypeScript types, and t
 	@NESTED_NODE_FOLDER=$(NODE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 tests/clients/test_typescript.py $(ARGS)
 
 .PHONY: bench
-bench: venv redis ## measure kernels, updates of levels and state I/O (a running server: benchmarks/serving.py)
+bench: bench-peers redis ## measure all that needs no running server (docs/performance.md); SHORT=1 for a quick look
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.updates
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.state_io $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engine $(if $(SHORT),--short)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.updates $(if $(SHORT),--rounds 1)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.state_io --rounds $(if $(SHORT),20,200)
 
 # Needs no GPU: Triton's wheel carries the compilers. Kept by the hash of the source in build/aot.
 .PHONY: aot

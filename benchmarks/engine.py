@@ -140,7 +140,7 @@ def second_turn(model: Hope, rounds: int) -> list[dict[str, Any]]:
 
 
 def shared(model: Hope, rounds: int) -> dict[str, Any]:
-    """Time to first token of the second session behind 2,000 shared tokens, over the first's, without marks."""
+    """Time to first token of the second session behind 2,000 shared tokens, over the first's; without marks."""
     ratios = []
     params = SamplingParams(max_tokens=1, temperature=0.0)
     for number in range(rounds):

@@ -1,4 +1,4 @@
-"""Memory kernels on CPU: one HOPE layer's packed step, torch reference against numba, correctness first.
+"""Memory kernels on CPU: one HOPE layer's packed step, torch reference against numba and C++, correctness first.
 
     OMP_NUM_THREADS=1 python -m benchmarks.kernels [--device cuda: benchmarks/gpu.py]
 
@@ -23,7 +23,10 @@ from torch.nn.functional import linear
 
 from benchmarks import gpu
 from nested_runtime.core import Batch
+from nested_runtime.errors import ConfigError
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
+from nested_runtime.kernels.dispatch import KernelConfig, Kernels, choose
+from nested_runtime.memory import self_modifying
 from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.self_modifying import SelfModifying
 
@@ -68,10 +71,29 @@ def layer() -> SelfModifying:
     return module
 
 
+def compiled() -> dict[str, Kernels]:
+    """What can be built here."""
+    found = {}
+    for name in ("numba", "native"):
+        try:
+            found[name] = choose(KernelConfig(name), "cpu", torch.float32)
+        except ConfigError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return {name: kernels for name, kernels in found.items() if kernels is not None}
+
+
+def through(module: SelfModifying, kernels: Kernels) -> Step:
+    def step(x: torch.Tensor, pool: Pool, batch: Batch) -> torch.Tensor:
+        self_modifying.packed_kernels = lambda *_: kernels  # type: ignore[assignment]
+        return module.apply_packed(x, pool, batch)
+
+    return step
+
+
 def systems(module: SelfModifying) -> dict[str, Step]:
     return {
         "reference": lambda x, pool, batch: UpdateRule.apply_packed(module, x, pool, batch),
-        "numba": module.apply_packed,
+        **{name: through(module, kernels) for name, kernels in compiled().items()},
         "gemm": lambda x, pool, batch: linear(linear(x, module.w_in)[:, : HEADS * HEAD_DIM], module.w_out),
     }
 
@@ -88,13 +110,14 @@ def check(module: SelfModifying, case: Case) -> None:
     """Speed is only reported of a path that is right: output and state of one step against the reference."""
     x, pool, batch = inputs(module, case)
     found = {}
-    for name in ("reference", "numba"):
+    for name in ("reference", *compiled()):
         copy = {key: tensor.clone() for key, tensor in pool.items()}
         found[name] = {"out": systems(module)[name](x, copy, batch), **copy}
-    for key, expected in found["reference"].items():
-        error = float((found["numba"][key] - expected).abs().max() / expected.abs().max().clamp(min=1e-2))
-        if error > TOLERANCE:
-            sys.exit(f"{case.name}: {key} of numba is off by {error:.1e}, over {TOLERANCE}; nothing was measured")
+    for name in compiled():
+        for key, expected in found["reference"].items():
+            error = float((found[name][key] - expected).abs().max() / expected.abs().max().clamp(min=1e-2))
+            if error > TOLERANCE:
+                sys.exit(f"{case.name}: {key} of {name} is off by {error:.1e}, over {TOLERANCE}; nothing was measured")
 
 
 def measure(module: SelfModifying, case: Case) -> dict[str, float]:
