@@ -29,6 +29,7 @@ __all__ = ["Updates"]
 
 MAX_BATCH = 16
 SMOOTHING = 0.2  # of a new measurement in a running mean
+FADING = 0.05  # of what earlier calls weigh, with every call
 Failure = tuple[Job, Exception]
 
 
@@ -46,7 +47,8 @@ class Updates:
         """Count and measure anew: a warm-up is slower than what follows."""
         self.num_steps = self.num_refused = 0
         self.step_seconds = 0.0
-        self.cost: dict[int, float] = {}  # seconds of a session's piece by its length; of its step at 0
+        self.step_cost = 0.0  # seconds of a session's step
+        self._line = [0.0] * 5  # of tokens x of a call and its seconds y: sums of 1, x, xx, y, xy, the old ones fading
 
     def saw_step(self, seconds: float) -> None:
         """Take note of how long a step that decodes took."""
@@ -63,7 +65,7 @@ class Updates:
             spent += self._run(self._batch(due, allowed - spent if decoding else math.inf), failures)
             due = [job for job in due if job.is_due and not any(job is failed for failed, _ in failures)]
         early = sorted((job for job in live if self._can_study(job)), key=lambda job: job.chunk - job.filled)
-        while early and allowed and spent + self._cost(early[0]) <= allowed:
+        while early and allowed and spent + self._cost(early[0], 1) <= allowed:
             spent += self._run(self._batch(early, allowed - spent), failures)
             early = [job for job in early if self._can_study(job) and not any(job is failed for failed, _ in failures)]
         return failures
@@ -82,14 +84,28 @@ class Updates:
         batch = [job for job in jobs if self._kind(job) == kind][:MAX_BATCH]
         if math.isinf(seconds):
             return batch
-        cost = self._cost(jobs[0])
-        return batch[: max(1, int(min(seconds / cost, MAX_BATCH)))] if cost else batch[:1]  # one shows what it costs
+        if not self._line[0]:
+            return batch[:1]  # one shows what it costs
+        return [job for n, job in enumerate(batch) if not n or self._cost(jobs[0], n + 1) <= seconds]
 
-    def _cost(self, job: Job) -> float:
-        """Seconds that a session's next piece takes, the step included where it follows at once."""
+    def _cost(self, job: Job, sessions: int) -> float:
+        """Seconds of a call for the next piece of so many sessions, and for their step where it follows at once."""
         end = self._next(job)
-        step = self.cost.get(0, 0.0) if end in (0, self.model.update_chunk) else 0.0
-        return (self.cost.get(end - job.studied, 0.0) if end else 0.0) + step
+        step = sessions * self.step_cost if end in (0, self.model.update_chunk) else 0.0
+        return self._call_cost(sessions * (end - job.studied)) + step if end else step
+
+    def _call_cost(self, tokens: int) -> float:
+        """Seconds of a call for so many tokens: a fixed part and one per token, fitted to the calls so far."""
+        one, x, xx, y, xy = self._line
+        spread = one * xx - x * x
+        if spread <= 1e-9 * one * xx:  # calls of one size so far, or none
+            return y / x * tokens if x else 0.0
+        slope = max(0.0, (one * xy - x * y) / spread)
+        return max(0.0, (y - slope * x) / one) + slope * tokens
+
+    def _saw_call(self, tokens: int, seconds: float) -> None:
+        new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
+        self._line = [(1 - FADING) * old + term for old, term in zip(self._line, new, strict=True)]
 
     def _kind(self, job: Job) -> tuple[int, int]:
         """Jobs of one kind may be batched. A whole chunk is read again where it stands, modulo the model's period."""
@@ -121,7 +137,7 @@ class Updates:
             own = {name: tensor[row] for name, tensor in found.items()}
             job.gradients = {n: job.gradients[n] + t if begin else t.clone() for n, t in own.items()}
             job.studied = end
-        self.cost[end - begin] = _mean(self.cost.get(end - begin, 0.0), (perf_counter() - began) / len(jobs))
+        self._saw_call(len(jobs) * (end - begin), perf_counter() - began)
 
     def _step(self, jobs: Sequence[Job]) -> None:
         """Step the levels of `jobs`. Raises what the model raises."""
@@ -136,7 +152,7 @@ class Updates:
         self.num_steps += sum(took)
         self.num_refused += len(took) - sum(took)
         seconds = perf_counter() - began
-        self.cost[0] = _mean(self.cost.get(0, 0.0), seconds / len(jobs))
+        self.step_cost = _mean(self.step_cost, seconds / len(jobs))
         self.observe("update_seconds", seconds)
         for norm in (norm for of_session in norms for norm in of_session if norm):
             self.observe("update_norm", norm)
