@@ -147,6 +147,7 @@ def main() -> int:
             engine.submit(Sequence("warm-up", [10] * (chunk + 2), SamplingParams(max_tokens=2, ignore_eos=True)))
             while engine.has_work:
                 engine.step()
+            engine.updates.forget_figures()
         for _ in range(args.rounds):
             for name, engine in engines.items():
                 decode(engine, chunk, texts, args.tokens, found[name])

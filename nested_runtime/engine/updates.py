@@ -68,6 +68,8 @@ class Updates:
         while early and allowed and spent + self._cost(early[0], 1) <= allowed:
             spent += self._run(self._batch(early, allowed - spent), failures)
             early = [job for job in early if self._can_study(job) and not any(job is failed for failed, _ in failures)]
+        if early and allowed and not spent:  # an estimate that keeps all work away is doubted more and more
+            self._line[3:] = [0.9 * term for term in self._line[3:]]
         return failures
 
     def _can_study(self, job: Job) -> bool:
