@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=160, help="of every session and round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--share", type=float, default=1.0, help="update_share of the engine")
+    parser.add_argument("--share", type=float, default=1.5, help="update_share of the engine")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

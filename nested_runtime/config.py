@@ -34,7 +34,7 @@ class EngineConfig:
     max_context: int = 32_768
     prefix_cache_bytes: int = 64 << 20
     kv_bytes: int = 1 << 30
-    update_share: float = 1.0
+    update_share: float = 1.5
     threads: int = 0
     quantize: str = "none"
 

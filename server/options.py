@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--slots", type=int, help="sequences worked on at the same time (default 16)")
     add("--max-batch-tokens", type=int, help="tokens of an engine step (default 512)")
     add("--max-context", type=int, help="tokens one turn may read and write (default 32768)")
-    add("--update-share", type=float, metavar="X", help="time for updates of levels, in decode steps (default 1)")
+    add("--update-share", type=float, metavar="X", help="time for updates of levels, in decode steps (default 1.5)")
     add("--threads", type=int, help="torch threads (default: torch's choice)")
     add("--quantize", choices=("none", "int8"), help="int8: frozen weights of attention models (default none)")
     add("--at-rest", choices=("exact", "bf16"), help="how states are stored (default exact)")

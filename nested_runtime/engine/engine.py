@@ -53,7 +53,7 @@ class Engine:
         max_queue: int = 256,
         prefix_cache_bytes: int = 0,
         kv_bytes: int | None = None,
-        update_share: float = 1.0,
+        update_share: float = 1.5,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = model.eval()
