@@ -13,7 +13,7 @@ from nested_runtime.kernels.triton_math import precision, tile
 
 __all__ = ["chunk_gradient"]
 
-HIDDEN = 32  # units of one step
+HIDDEN = 16  # units of one step
 
 
 @triton.jit
