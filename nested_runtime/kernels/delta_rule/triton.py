@@ -45,7 +45,9 @@ def packed_scan(
     choices = {"TOKEN": options.read == "token", "WHOLE": options.retain == "zero", "ETA_MAX": ETA_MAX, "EPS": NORM_EPS}
     grid, whole, prec = (len(batch.slots), heads), choices["WHOLE"], precision()
     side, wide = min(tile(dim), SIDE), tile(dim)
-    decode[grid](*tensors, *state, *where, out, *strides, **sizes, **choices, KP=wide, num_warps=warps(dim))
+    decode[grid](
+        *tensors, *state, *where, out, *strides, **sizes, **choices, KP=wide, BR=min(wide, 64), num_warps=warps(dim)
+    )
     fold[grid](tensors[2], *state, *where, *strides, **sizes, KP=wide, BR=side, WHOLE=whole, PREC=prec, num_stages=1)
     if batch.longest != 1:
         scratch = torch.empty(*grid, tile(chunk) * (3 * dim + 2 * tile(chunk)), dtype=mixed.dtype, device=mixed.device)

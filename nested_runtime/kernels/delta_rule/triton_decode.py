@@ -27,7 +27,7 @@ def _unit(x, eps):
 
 @triton.jit
 def _rows(
-    anchor, start, rates, tail_d, out, k, q, u, v, a, w, eta, g, g_prev, kq, done, first, count, which,
+    anchor, start, rates, tail_d, out, k, q, u, a, w, eta, g, g_prev, kq, done, first, count, which,
     K: tl.constexpr, KP: tl.constexpr, CP: tl.constexpr, NR: tl.constexpr, R: tl.constexpr,
     GATES: tl.constexpr, MEM: tl.constexpr, TOKEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,8 @@ def _rows(
     decaying = m if WHOLE else x
     error = tl.sum(m * u[None, :], 1)
     if MEM:
-        error += v
+        error += tl.load(out + r, mask=rm, other=0.0)
+        tl.debug_barrier()  # v is read, the same place is written
     seen = tl.exp(g_prev) * tl.sum(decaying * k[None, :], 1) + tl.sum(a[:, None] * dj, 0)
     d = eta * (rate * error - seen)
     if MEM:
@@ -77,8 +78,8 @@ def _gate(anchor, start, x, row, K: tl.constexpr, KP: tl.constexpr):
 def decode(
     mixed, logits, base, rates, anchor, tail_k, tail_d, tail_g, slots, positions, cu_seqlens, out,
     stride_anchor, stride_k, stride_d, stride_g,
-    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, TOKEN: tl.constexpr,
-    WHOLE: tl.constexpr, ETA_MAX: tl.constexpr, EPS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BR: tl.constexpr,
+    TOKEN: tl.constexpr, WHOLE: tl.constexpr, ETA_MAX: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, H). Reads the sequences of one token; see `triton.py`."""
     b, h = tl.program_id(0), tl.program_id(1)
@@ -120,14 +121,18 @@ def decode(
     kq = tl.sum(k * q, 0)
     tl.store(tail_k + done * K + c, k, mask=cm)
     tl.store(tail_g + done, g)
-    _rows(anchor, base, rates, tail_d, out, k, q, u, v, a, w, eta, g, g_prev, kq, done, 0, K, 0,
-          K, KP, CP, KP, R, False, False, TOKEN, WHOLE)  # fmt: skip
-    _rows(anchor, base, rates, tail_d, out, k, q, u, v, a, w, eta, g, g_prev, kq, done, K, 2, 1,
+    tl.store(out + tl.arange(0, KP), v, mask=tl.arange(0, KP) < K)  # until o takes its place
+    tl.debug_barrier()
+    _rows(anchor, base, rates, tail_d, out, k, q, u, a, w, eta, g, g_prev, kq, done, K, 2, 1,
           K, KP, CP, 16, R, True, False, TOKEN, WHOLE)  # fmt: skip
-    _rows(anchor, base, rates, tail_d, out, k, q, u, v, a, w, eta, g, g_prev, kq, done, K + 2, K, 3,
-          K, KP, CP, KP, R, False, False, TOKEN, WHOLE)  # fmt: skip
-    _rows(anchor, base, rates, tail_d, out, k, q, u, v, a, w, eta, g, g_prev, kq, done, 2 * K + 2, K, 0,
-          K, KP, CP, KP, R, False, True, TOKEN, WHOLE)  # fmt: skip
+    for r0 in range(0, K, BR):
+        count = tl.minimum(K - r0, BR)
+        _rows(anchor, base, rates, tail_d, out, k, q, u, a, w, eta, g, g_prev, kq, done, r0, count, 0,
+              K, KP, CP, BR, R, False, False, TOKEN, WHOLE)  # fmt: skip
+        _rows(anchor, base, rates, tail_d, out, k, q, u, a, w, eta, g, g_prev, kq, done, K + 2 + r0, count, 3,
+              K, KP, CP, BR, R, False, False, TOKEN, WHOLE)  # fmt: skip
+        _rows(anchor, base, rates, tail_d, out + r0, k, q, u, a, w, eta, g, g_prev, kq, done, 2 * K + 2 + r0, count, 0,
+              K, KP, CP, BR, R, False, True, TOKEN, WHOLE)  # fmt: skip
 
 
 @triton.jit
