@@ -159,8 +159,8 @@ def _read(
     """Losses [N, L] of predicting tokens[:, 1:] of [N, L + 1], and the state after the first L."""
     with torch.no_grad():  # not inference mode: levels take their gradients within
         hidden, after = model.scan(tokens[:, :-1], state, position)
-        logits = model.logits(hidden)
-        losses = cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        logits = model.logits(hidden.flatten(0, 1))
+        losses = cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
     return losses.numpy(), {name: tensor.detach() for name, tensor in after.items()}
 
 

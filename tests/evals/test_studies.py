@@ -120,12 +120,12 @@ def test_carried_losses_are_those_of_one_long_reading(leveled: LoadedModel, step
     found = adaptation.compare(model, tokens, weights)
     read = torch.from_numpy(tokens[:, :, :-1].reshape(2, -1))
     with torch.no_grad():
-        logits = model.logits(model.scan(read, None, 0)[0]).view(2, 3, 64, -1)
-        fresh = model.logits(model.scan(torch.from_numpy(tokens[:, 2, :-1]), None, 0)[0])
+        logits = model.logits(model.scan(read, None, 0)[0].flatten(0, 1)).view(2, 3, 64, -1)
+        fresh = model.logits(model.scan(torch.from_numpy(tokens[:, 2, :-1]), None, 0)[0].flatten(0, 1))
     targets = torch.from_numpy(tokens[:, :, 1:])
     losses = cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(2, 3, 64).mean(2)
     np.testing.assert_allclose(found.all["carried"], losses[:, 1:], rtol=1e-4)
-    alone = cross_entropy(fresh.flatten(0, 1), targets[:, 2].flatten(), reduction="none").view(2, 64).mean(1)
+    alone = cross_entropy(fresh, targets[:, 2].flatten(), reduction="none").view(2, 64).mean(1)
     np.testing.assert_allclose(found.all["reset"][:, 1], alone, rtol=1e-4)
     assert not np.allclose(found.all["other"], found.all["carried"], rtol=1e-5)
 
