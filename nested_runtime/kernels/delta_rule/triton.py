@@ -53,6 +53,6 @@ def packed_scan(
         scratch = torch.empty(*grid, tile(chunk) * (3 * dim + 2 * tile(chunk)), dtype=mixed.dtype, device=mixed.device)
         prefill[grid](
             *tensors, *state, *where, out, scratch, *strides, dim, **sizes, **choices, PREC=prec,
-            BR=side if wide < 128 else 16, BC=16, num_warps=4 if wide < 128 else 8, num_stages=1,
+            BR=16, BC=16, num_warps=8, num_stages=1,
         )  # fmt: skip
     return out
