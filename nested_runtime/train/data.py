@@ -32,7 +32,7 @@ TONES = ("caring", "enthusiastic", "professional", "witty")  # the same question
 HELD_OUT = 100  # one document in so many is never trained on (fluency evaluation)
 DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
 SHORT = 192  # sessions below so many tokens get another part before the filler
-FAR_SHARE, FAR_TOKENS = 0.2, (64, 1500)  # dialogues with a stretch of chat inside (at the end), and its length
+NEAREST = 64  # tokens of the shortest stretch of chat inside a dialogue
 FEW_SHARE, MANY_SHARE = 0.12, 0.15  # dialogues with one or two facts; with up to 22 (at the end)
 PAUSE = 0.12  # share of text among the questions that fill a session's last segment
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
@@ -182,6 +182,8 @@ class Mixture:
     then: Mapping[str, float] = field(default_factory=_shares(0.03, 0.10, 0.07, 0.64, 0.10, 0.06))
     last: Mapping[str, float] = field(default_factory=_shares(0.02, 0.03, 0.03, 0.62, 0.20, 0.10))
     dense: float = 0.12
+    far: float = 0.2  # share of dialogues with a stretch of chat inside, at the end
+    farthest: int = 1500  # tokens of the longest one
 
     def __post_init__(self) -> None:
         for name in ("first", "then", "last"):
@@ -190,6 +192,10 @@ class Mixture:
                 raise ConfigError(
                     f"config field 'mixture.{name}' needs a share of each of {', '.join(KINDS)}: {shares}"
                 )
+        if not 0 <= self.far <= 1:
+            raise ConfigError(f"config field 'mixture.far' must be between 0 and 1, got {self.far}")
+        if self.farthest < NEAREST:
+            raise ConfigError(f"config field 'mixture.farthest' must be at least {NEAREST}, got {self.farthest}")
         if not 0 < self.dense < 1:
             raise ConfigError(f"config field 'mixture.dense' must be between 0 and 1, got {self.dense}")
 
@@ -259,11 +265,11 @@ class Lanes:
     def _dialogue(self) -> Session:
         """A memory dialogue; some have an unrelated stretch of chat between two of their turns."""
         dialogue, self._writer = compose(self.rng, self.split, self._spec(), self._talk())
-        if self.rng.random() >= FAR_SHARE * self.progress or len(dialogue.messages) < 4:
+        if self.rng.random() >= self.mixture.far * self.progress or len(dialogue.messages) < 4:
             return render_dialogue(dialogue, self.tokenizer)
         cut = 2 * self.rng.randint(1, len(dialogue.messages) // 2 - 1)
         parts = [render_dialogue(replace(dialogue, messages=dialogue.messages[:cut]), self.tokenizer)]
-        left = math.exp(self.rng.uniform(math.log(FAR_TOKENS[0]), math.log(FAR_TOKENS[1])))
+        left = math.exp(self.rng.uniform(math.log(NEAREST), math.log(self.mixture.farthest)))
         while left > 0:
             parts.append(self._text(chat=True))
             left -= len(parts[-1].tokens)
