@@ -10,6 +10,7 @@ import torch
 from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.kernels.delta_rule.triton import packed_scan
+from nested_runtime.kernels.delta_rule.triton_train import chunk_scan
 from nested_runtime.kernels.gated_delta.triton import TRAIN_CHUNK, TRAIN_ROWS, packed_gated_delta
 from nested_runtime.kernels.gated_delta.triton_backward import backward
 from nested_runtime.kernels.levels.triton import low_rank_apply, outer_step, step
@@ -36,6 +37,15 @@ def delta_rule(dim: int, tokens: int, read: str = "token", retain: str = "start"
             "tail_g": empty(65, h, c)}  # fmt: skip
     inputs = empty(tokens, 3, h, dim), empty(tokens, 2, h), empty(h, r, dim), empty(h, 4)
     packed_scan(*inputs, pool, batch(64, tokens), RuleOptions(c, read, retain))
+
+
+def delta_rule_training(dim: int) -> None:
+    h, r = 16, 3 * dim + 2
+    wide, gate = (empty(8, 512, h, *of).requires_grad_() for of in ((dim,), ()))
+    out, state = chunk_scan(
+        wide, wide, wide, gate, gate, empty(h, r, dim), empty(h, r), empty(8, h, r, dim), options=RuleOptions()
+    )
+    torch.autograd.backward([out, state], [torch.empty_like(out), torch.empty_like(state)])
 
 
 def plain_rule(dim: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -86,6 +96,8 @@ SPECIMENS: dict[str, Callable[[], None]] = {
     "delta_rule decode 128": partial(delta_rule, 128, 64),
     "delta_rule prefill 64": partial(delta_rule, 64, 512),
     "delta_rule prefill 128": partial(delta_rule, 128, 512),
+    "delta_rule training 64": partial(delta_rule_training, 64),
+    "delta_rule training 128": partial(delta_rule_training, 128),
     "short_conv": short_conv,
     "gated_delta decode 128": partial(plain_rule, 128, 64),
     "gated_delta prefill 64": partial(plain_rule, 64, 512),

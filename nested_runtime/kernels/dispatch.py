@@ -19,11 +19,12 @@ import torch
 from nested_runtime.config import from_environment
 from nested_runtime.errors import ConfigError
 
-__all__ = ["KernelConfig", "Kernels", "choose", "packed_kernels"]
+__all__ = ["KernelConfig", "Kernels", "choose", "packed_kernels", "training_scan"]
 
 DEVICES = {"native": "cpu", "numba": "cpu", "triton": "cuda"}  # the first that works is chosen
 BOTH = (torch.float32, torch.float64)
 DTYPES = {"native": BOTH, "numba": BOTH, "triton": (torch.float32,)}
+TRAINED = (torch.float32, torch.bfloat16)  # by Triton, which computes in float32
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,25 @@ def choose(config: KernelConfig, device: str, dtype: torch.dtype) -> Kernels | N
 def packed_kernels(device: str, dtype: torch.dtype) -> Kernels | None:
     """`choose` with the process's environment, which is read once per device and dtype."""
     return choose(KernelConfig(**from_environment(KernelConfig)), device, dtype)
+
+
+@cache
+def training_scan(device: str, dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """`delta_rule/triton_train.py`'s differentiable scan where it serves; None for that of `delta_rule/chunk.py`.
+
+    ConfigError where NESTED_KERNELS=triton and CUDA tensors of such a dtype cannot have it.
+    """
+    forced = KernelConfig(**from_environment(KernelConfig)).kernels
+    if device != "cuda" or dtype not in TRAINED or forced not in ("auto", "triton"):
+        return None
+    try:
+        scan: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+        scan = import_module("nested_runtime.kernels.delta_rule.triton_train").chunk_scan
+    except ImportError as error:
+        if forced == "triton":
+            raise ConfigError(f"NESTED_KERNELS=triton cannot be used: {error}; unset it or install triton") from error
+        return None
+    return scan
 
 
 def _require_support(name: str, device: str, dtype: torch.dtype) -> None:
