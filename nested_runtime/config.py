@@ -21,7 +21,7 @@ class EngineConfig:
     max_batch_tokens    tokens of one engine step
     queue               sequences that may wait for a slot before requests get 429
     max_context         tokens one turn may read and write
-    prefix_cache_bytes  host memory for states after prompt prefixes of memoryless requests; 0 = off
+    prefix_cache_bytes  host memory for states after prompt prefixes, of all sessions together; 0 = off
     update_share        time for updates of levels between two steps that decode, in units of a step's time
     kv_bytes            keys and values of all running sequences of a model with attention
     threads             torch threads; 0 = leave torch's choice

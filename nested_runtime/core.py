@@ -69,9 +69,10 @@ class Sequence:
     keep_state_at_prompt: bool = False  # caller: return the state as it was when the prompt was read (learn="prompt")
     stop_check: Callable[[int], bool] | None = None  # caller: engine thread sees every new token; True = stop here
     fork_of: str | None = None  # caller: a sequence submitted before, same prompt and start; its prefill is shared
-    cache_key: tuple[str, ...] | None = None  # caller: (tenant, start state ...) for the prefix cache; None = off
+    cache_key: tuple[str, ...] | None = None  # caller: (tenant, start state ...) of prefixes others share; None = off
+    cache_upto: int | None = None  # caller: longest prefix under cache_key; None = the whole prompt
+    cache_own: tuple[str, ...] | None = None  # caller: (tenant, session, start state) of all longer ones; None = off
     cache_points: tuple[int, ...] = ()  # caller: prompt lengths worth caching (ends of messages)
-    cache_upto: int | None = None  # caller: no longer prefix is kept or looked for; None = the whole prompt
     slot: int = 0  # engine: 0 = not admitted
     num_done: int = 0  # engine: tokens of prompt + output in the state
     output: list[int] = field(default_factory=list)  # engine: sampled tokens; the last one is never in the state
@@ -128,6 +129,7 @@ class TokenEvent:
     finish: FinishReason | None = None
     error: Exception | None = None
     result: TurnResult | None = None  # with `finish`, when the sequence asked to keep its state
+    num_cached: int = 0  # with `finish`: prompt tokens that the prefix cache had read before
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from nested_runtime.errors import NestedError, StoreError
+from nested_runtime.errors import NestedError
 from nested_runtime.models.replay import Consolidation
 
 from . import errors, openapi, web
@@ -104,7 +104,7 @@ async def _sweep(service: Service) -> None:
         try:
             await service.store.sweep()
             await service.vault.forget_deleted()
-        except StoreError as error:
+        except NestedError as error:
             logger.warning("sweep skipped: %s", error)
 
 

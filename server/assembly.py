@@ -118,7 +118,7 @@ def build_service(
     for model in models:
         if isinstance(model.backend, NativeBackend):
             model.backend.observe = metrics.observe
-    vault = Vault(store, settings.sessions, observe)
+    vault = Vault(store, settings.sessions, observe, [model.backend for model in models])
     runtime = Runtime(vault, models)
     return Service(
         settings=settings,

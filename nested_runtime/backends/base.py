@@ -35,5 +35,8 @@ class Backend(Protocol):
     def evict(self, prefix: tuple[str, ...]) -> int:
         """Forget what is cached under keys that start with `prefix`, the tenant first; () = everything."""
 
+    async def cached(self) -> list[tuple[str, ...]]:
+        """The keys of what is cached, in the form that `evict` takes."""
+
     async def check(self) -> list[str]:
         """Look whether the working memory is in order; one line per problem, empty = healthy."""

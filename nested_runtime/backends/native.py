@@ -167,6 +167,12 @@ class NativeBackend:
         self._post(lambda: self._engine.forget_prefixes(prefix))
         return self._residents.forget(prefix)
 
+    async def cached(self) -> list[tuple[str, ...]]:
+        """The keys of retained states and cached prefixes."""
+        prefixes: list[tuple[str, ...]] = []
+        await self._between_steps(lambda: prefixes.extend(self._engine.prefixes.states))
+        return [*self._residents, *prefixes]
+
     async def check(self) -> list[str]:
         """Slot accounting, and whether every slot not in use is zero: one line per problem, empty = healthy."""
         try:

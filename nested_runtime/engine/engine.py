@@ -91,7 +91,7 @@ class Engine:
         self.updates.forget_figures()
 
     def forget_prefixes(self, prefix: tuple[str, ...]) -> None:
-        """Drop the cached prompt prefixes whose cache_key starts with `prefix`."""
+        """Drop the cached prompt prefixes whose key (cache_key or cache_own) starts with `prefix`."""
         self.prefixes.states.forget(prefix)
 
     def validate(self, sequence: Sequence) -> None:
@@ -190,7 +190,7 @@ class Engine:
             job.cache_keys = self.prefixes.keys(sequence)
             length, state = self.prefixes.find(job.cache_keys)
             if state is not None:
-                sequence.num_done, job.state = length, state
+                sequence.num_done, job.num_cached, job.state = length, length, state
             for point in self.prefixes.points(sequence, job.cache_keys):
                 job.add_cut(point)
         if job.state is not None:
@@ -335,7 +335,7 @@ class Engine:
             self.scheduler.add_first(heir)
             for other in others:
                 other.follow(heir)
-        self._emit(job, finish=reason, **fields)
+        self._emit(job, finish=reason, num_cached=job.num_cached, **fields)
 
     def _emit(self, job: Job, **fields: Any) -> None:
         if job.is_silent and job.sequence.params.prompt_logprobs is not None and "error" not in fields:

@@ -35,6 +35,7 @@ class Job:
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of one session, by name
     updates: int = 0  # steps of the levels in this turn
     refused: int = 0  # steps that diverged and were not taken
+    num_cached: int = 0  # prompt tokens that were in the prefix cache
     finishing: bool = False  # stop as soon as the prompt is read
     is_silent: bool = True  # no event was sent yet
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nested_runtime.core import FinishReason, Sequence, TokenEvent, TokenLogprobs, TurnResult
 from nested_runtime.errors import ContextOverflow, NestedError, Overloaded, RequestError
@@ -51,12 +52,13 @@ class _Reply:
         self.logprobs += logprobs
         return Delta(text, (event.token,), logprobs)
 
-    def finished(self, reason: FinishReason) -> Finished:
+    def finished(self, reason: FinishReason, num_cached: int) -> Finished:
         return Finished(
             text=self.text.text,
             finish_reason="stop" if reason is FinishReason.STOP else "length",
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.sampled,
+            cached_tokens=num_cached,
             tokens=tuple(self.tokens),
             logprobs=tuple(self.logprobs),
             prompt_logprobs=self.prompt_logprobs,
@@ -88,7 +90,7 @@ async def generate(
             if delta.text or delta.tokens:
                 yield delta
             if event.finish is not None:
-                yield Outcome(state.finished(event.finish), event.result)
+                yield Outcome(state.finished(event.finish, event.num_cached), event.result)
     finally:
         if running:
             model.backend.abort(sequence.id)
@@ -117,7 +119,6 @@ def _fitted(model: ServedModel, turn: Turn, prompt: list[int]) -> Turn:
 
 def _sequence(model: ServedModel, turn: Turn, start: Start, prompt: list[int], *, keeps: bool) -> Sequence:
     params, strip = turn.params, turn.messages is not None and model.tokenizer.opens_with_space
-    ends, upto = _cacheable(model, turn, start, prompt)
     return Sequence(
         id=turn.id,
         prompt=prompt,
@@ -128,28 +129,29 @@ def _sequence(model: ServedModel, turn: Turn, start: Start, prompt: list[int], *
         keep_state_at_prompt=keeps and turn.learn == "prompt",
         stop_check=stop_check(model.tokenizer, params.stop, min_tokens=params.min_tokens, strip=strip),
         fork_of=turn.fork_of,
-        cache_key=(turn.scope, model.id) if ends is not None and turn.scope is not None else None,
-        cache_points=ends or (),
-        cache_upto=upto,
+        **_caching(model, turn, start, prompt),
     )
 
 
-def _cacheable(
-    model: ServedModel, turn: Turn, start: Start, prompt: list[int]
-) -> tuple[tuple[int, ...] | None, int | None]:
-    """Where messages end, None = cache nothing, and the longest prefix that the tenant's other requests may share.
+def _caching(model: ServedModel, turn: Turn, start: Start, prompt: list[int]) -> dict[str, Any]:
+    """The Sequence's cache_* fields.
 
-    Of a session only the system prompt is shared: what its user says must be gone when it is deleted.
+    A memoryless request shares what it reads with the tenant's others, a new session its system prompt. Everything else
+    is the session's own, found by a turn that reads the same from the same state, and gone when the session is deleted.
     """
-    if start.tensors is not None or start.pending is not None:
-        return None, None
     ends = _message_ends(prompt, model)
+    is_fresh = start.tensors is None and start.pending is None
+    shared = (turn.scope, "", "") if turn.scope is not None and is_fresh else None
     if turn.session is None:
-        return ends, None
-    is_system = (
-        turn.messages is not None and bool(turn.messages) and turn.messages[0]["role"] in ("system", "developer")
-    )
-    return (ends[:1], ends[0]) if is_system and ends else (None, None)
+        return {"cache_key": shared, "cache_points": ends}
+    fields: dict[str, Any] = {}
+    if turn.params.max_tokens and (is_fresh or start.digest):
+        fields["cache_own"] = (turn.session.tenant, turn.session.session, start.digest)
+        fields["cache_points"] = ends[-2:-1]  # before the last message, which may be edited
+    if shared is not None and ends and turn.messages and turn.messages[0]["role"] in ("system", "developer"):
+        fields |= {"cache_key": shared, "cache_upto": ends[0]}
+        fields["cache_points"] = (ends[0], *fields.get("cache_points", ()))
+    return fields
 
 
 def _message_ends(prompt: list[int], model: ServedModel) -> tuple[int, ...]:

@@ -98,12 +98,13 @@ class Delta:
 
 @dataclass(frozen=True)
 class Finished:
-    """The turn is over and, if it learns, committed."""
+    """The turn is over and, if it learns, committed. `cached_tokens` of the prompt were not read again."""
 
     text: str
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,7 +14,7 @@ import torch
 
 from nested_runtime.backends.base import Backend
 from nested_runtime.config import SessionConfig
-from nested_runtime.errors import NotFound, SessionBusy, StateMismatch, VersionConflict
+from nested_runtime.errors import LeaseLost, NotFound, SessionBusy, StateMismatch, VersionConflict
 from nested_runtime.memory.level import Level
 from nested_runtime.sessions.history import Record
 from nested_runtime.state import codec
@@ -44,11 +44,15 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Start:
-    """A state as it lies between turns: `tensors` None = fresh, `pending` is read first in the next turn."""
+    """A state as it lies between turns: `tensors` None = fresh, `pending` is read first in the next turn.
+
+    digest   of the tensors where they are a stored version's, else ""
+    """
 
     tensors: Tensors | None = None
     position: int = 0
     pending: int | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,21 @@ class Encoded:
 
 
 class Vault:
-    """Leases, loads and commits sessions. `observe` is told the name and value of measurements."""
+    """Leases, loads and commits sessions.
+
+    observe    is told the name and value of measurements
+    backends   what they have cached of a session is forgotten together with its resident copies
+    """
 
     def __init__(
-        self, store: StateStore, config: SessionConfig | None = None, observe: Observer = lambda _name, _value: None
+        self,
+        store: StateStore,
+        config: SessionConfig | None = None,
+        observe: Observer = lambda _name, _value: None,
+        backends: Sequence[Backend] = (),
     ) -> None:
         self.store = store
+        self.backends = backends
         self.config = config or SessionConfig()
         self.residents = StateCache(self.config.resident_bytes)
         self._observe = observe
@@ -134,7 +147,7 @@ class Vault:
             tensors = snapshot.tensors
             self._observe("load_seconds", perf_counter() - began)
             self._keep(key, version.digest, tensors)
-        return Start(tensors, version.tokens, version.pending)
+        return Start(tensors, version.tokens, version.pending, version.digest)
 
     async def commit(
         self,
@@ -161,7 +174,11 @@ class Vault:
             **_of_record(record),
         )
         began = perf_counter()
-        version = await self.store.commit(lease, parent, encoded.blob, draft, answer)
+        try:
+            version = await self.store.commit(lease, parent, encoded.blob, draft, answer)
+        except LeaseLost:  # perhaps deleted meanwhile: what this turn left in caches goes, too
+            self.forget(lease.key)
+            raise
         self._observe("commit_seconds", perf_counter() - began)
         if encoded.start.tensors is not None:
             self._keep(lease.key, encoded.digest, encoded.start.tensors)
@@ -188,23 +205,33 @@ class Vault:
         self.residents.put((key.tenant, key.session, digest), tensors)
 
     def forget(self, key: SessionKey) -> None:
-        """Drop resident copies."""
-        self.residents.forget((key.tenant, key.session))
+        """Drop resident copies and cached prefixes of a session."""
+        self._forget((key.tenant, key.session))
 
     def forget_tenant(self, tenant: str | None) -> int:
-        """Drop the resident copies of a tenant, or all; how many."""
-        return self.residents.forget(() if tenant is None else (tenant,))
+        """Drop the resident copies and cached prefixes of a tenant, or all; how many copies."""
+        return self._forget(() if tenant is None else (tenant,))
+
+    def _forget(self, name: tuple[str, ...]) -> int:
+        for backend in self.backends:
+            backend.evict(name)
+        return self.residents.forget(name)
 
     async def forget_deleted(self) -> None:
-        """Drop resident copies of what is not kept any more: another server may have erased it and reused the id."""
+        """Drop copies and prefixes of what is no longer kept: another server may have erased it and reused the id."""
+        names = set(self.residents)
+        for backend in self.backends:
+            names |= {key[:3] for key in await backend.cached() if key[1]}  # without a session: shared by the tenant
         of_session = defaultdict(list)
-        for name in self.residents:
+        for name in names:
             of_session[name[:2]].append(name)
-        for (tenant, session), names in of_session.items():
+        for (tenant, session), names_there in of_session.items():
             kept = {version.digest for version in await self.store.versions(SessionKey(tenant, session))}
-            for name in names:
+            if kept:
+                kept.add("")  # prefixes from the fresh state
+            for name in names_there:
                 if name[2] not in kept:
-                    self.residents.forget(name)
+                    self._forget(name)
 
 
 def zeros(specs: tuple[TensorSpec, ...]) -> dict[str, torch.Tensor]:

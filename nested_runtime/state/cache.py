@@ -47,6 +47,8 @@ class StateCache:
     def put(self, key: tuple[str, ...], state: State) -> None:
         """Store `state` and drop old ones until the limits hold; one larger than the limits is not kept."""
         self._drop(key)
+        if _bytes(state) > self.max_bytes:
+            return
         self._states[key] = state
         self.num_bytes += _bytes(state)
         while self._states and self._is_over():

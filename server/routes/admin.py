@@ -78,7 +78,7 @@ async def erase(tenant: str, service: ServiceDep, prefix: Annotated[str, Query(m
     if not prefix:
         deleted = await service.store.erase(tenant)
         service.answers.forget(tenant)
-        _evict(service, tenant)
+        service.vault.forget_tenant(tenant)
         return {"deleted": deleted}
     found: list[SessionKey] = []
     cursor: str | None = None
@@ -94,7 +94,7 @@ async def erase(tenant: str, service: ServiceDep, prefix: Annotated[str, Query(m
 @router.post("/evict")
 async def evict(service: ServiceDep, tenant: str | None = None) -> dict[str, Any]:
     """Drop resident states and cached prompts (of one tenant); they are read or made again when needed."""
-    return {"evicted": _evict(service, tenant)}
+    return {"evicted": service.vault.forget_tenant(tenant)}
 
 
 @router.post("/flush")
@@ -127,12 +127,6 @@ async def fsck(service: ServiceDep) -> dict[str, Any]:
 def _key(tenant: str, id: str) -> SessionKey:
     """Of a path, where the middleware left %2F and %25 as they were."""
     return SessionKey(unquote(tenant), unquote(id))
-
-
-def _evict(service: Service, tenant: str | None) -> int:
-    for model in service.runtime.models.values():
-        model.backend.evict(() if tenant is None else (tenant,))
-    return service.vault.forget_tenant(tenant)
 
 
 def _working(service: Service) -> int:

@@ -13,7 +13,7 @@ from nested_runtime.errors import RequestError
 from nested_runtime.sessions import Finished
 from nested_runtime.tokenizer import Tokenizer
 
-from .common import Generation, Strict, session_body
+from .common import Generation, Strict, session_body, usage_body
 
 __all__ = ["ChatReply", "ChatRequest", "Message", "prompt_logprobs", "text_of", "usage"]
 
@@ -187,10 +187,8 @@ class ChatReply:
 
 
 def usage(finished: Sequence[Finished]) -> dict[str, Any]:
-    """OpenAI's usage. The prompt counts what was read in this turn, not what the memory had read before."""
-    completion = sum(one.completion_tokens for one in finished)
-    prompt = finished[0].prompt_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    """OpenAI's usage. The prompt counts what this turn gave to read, not what the memory had read before."""
+    return usage_body(finished[:1], finished)
 
 
 def prompt_logprobs(finished: Finished, tokenizer: Tokenizer) -> dict[str, Any]:

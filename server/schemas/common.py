@@ -21,6 +21,7 @@ __all__ = [
     "known_but_unsupported",
     "session_body",
     "surprise_body",
+    "usage_body",
 ]
 
 
@@ -175,6 +176,18 @@ def known_but_unsupported(body: Generation) -> None:
             param="memory.surprise",
             code="unsupported_parameter",
         )
+
+
+def usage_body(asked: Sequence[Finished], answered: Sequence[Finished]) -> dict[str, Any]:
+    """OpenAI's usage: the prompts of `asked`, one of each prompt, and the replies of `answered`."""
+    prompt = sum(one.prompt_tokens for one in asked)
+    completion = sum(one.completion_tokens for one in answered)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in asked)},
+    }
 
 
 def session_body(finished: Finished, surprise: Tokenizer | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from nested_runtime.sessions import Delta, Finished
 from nested_runtime.tokenizer import Tokenizer
 
 from .chat import prompt_logprobs
-from .common import Generation, session_body
+from .common import Generation, session_body, usage_body
 
 __all__ = ["CompletionReply", "CompletionRequest", "Prompt"]
 
@@ -175,6 +175,4 @@ class CompletionReply:
         return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
     def _usage(self, finished: Sequence[Finished]) -> dict[str, Any]:
-        prompt = sum(one.prompt_tokens for one in finished[:: self.count])
-        completion = sum(one.completion_tokens for one in finished)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return usage_body(finished[:: self.count], finished)

@@ -111,7 +111,7 @@ class ResponseReply:
             "output": [self._item(one.text, "completed" if is_whole else "incomplete")],
             "usage": {
                 "input_tokens": one.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "input_tokens_details": {"cached_tokens": one.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": one.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": one.prompt_tokens + one.completion_tokens,

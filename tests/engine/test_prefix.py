@@ -131,3 +131,65 @@ def test_points_are_few_and_on_boundaries(length: int, position: int, chunk: int
     assert all(0 < point < length and (position + point) % chunk == 0 for point in points)
     assert len(points) <= 1 + length // 128 + len(wanted)
     assert not keys or max(keys) in points
+
+
+def own(session: str, digest: str, prompt: list[int], **fields: Any) -> Sequence:
+    sequence = ask(f"{session}-{digest}", prompt, **fields)
+    sequence.cache_key, sequence.cache_own = None, ("t", session, digest)
+    return sequence
+
+
+def test_a_turn_again_from_the_same_start_reads_one_token(counter: Any) -> None:
+    engine = cached_engine(counter)
+    question = SYSTEM[:77]
+    reply, state, num_read = run(engine, own("s", "v1", question))
+    assert num_read == len(question)
+    again, same_state, num_read = run(engine, own("s", "v1", question))
+    assert num_read == 1
+    assert again == reply
+    assert all(torch.equal(state[name], same_state[name]) for name in state)
+    plain_reply, plain_state, _ = run(Engine(counter), ask("plain", question))
+    assert reply == plain_reply
+    assert all(torch.allclose(state[name], plain_state[name], rtol=0, atol=1e-12) for name in state)
+
+
+def test_own_prefixes_are_of_one_session_and_one_start(counter: Any) -> None:
+    engine = cached_engine(counter)
+    question = SYSTEM[:77]
+    run(engine, own("s", "v1", question))
+    for sequence in (
+        own("u", "v1", question),
+        own("s", "v2", question),
+        own("s", "v1", question, position=16),
+        own("s", "v1", [*question[:-2], 36, question[-1]]),
+        ask("memoryless", question),
+    ):
+        assert run(engine, sequence)[2] == len(question)
+    engine.forget_prefixes(("t", "s"))
+    assert run(engine, own("u", "v1", question))[2] == 1
+    assert run(engine, own("s", "v1", question))[2] == len(question)
+
+
+def test_an_edited_last_message_finds_what_came_before_it(counter: Any) -> None:
+    engine = cached_engine(counter)
+    run(engine, own("s", "v1", [*SYSTEM, *range(30)], cache_points=(len(SYSTEM),)))
+    assert run(engine, own("s", "v1", [*SYSTEM, *range(20)], cache_points=(len(SYSTEM),)))[2] == len(SYSTEM) + 20 - 192
+
+
+def test_a_new_session_files_its_beginning_with_the_tenant_and_the_rest_with_itself(counter: Any) -> None:
+    cache = PrefixCache(counter.chunk, 1)
+    sequence = ask("a", [*SYSTEM, *range(30)], cache_points=(len(SYSTEM),), cache_upto=len(SYSTEM))
+    sequence.cache_own = ("t", "s", "")
+    keys = cache.keys(sequence)
+    assert cache.points(sequence, keys) == [128, 192, len(SYSTEM) + 29]
+    assert {length: key[:-2] for length, key in keys.items()} == {
+        length: ("t", "fresh") if length <= len(SYSTEM) else ("t", "s", "") for length in keys
+    }
+
+
+def test_a_state_over_the_limit_drives_out_nothing(counter: Any) -> None:
+    one_state = sum(spec.num_bytes for spec in Engine(counter).specs)
+    states = PrefixCache(counter.chunk, one_state).states
+    states.put(("a",), {"x": torch.zeros(one_state // 8, dtype=torch.float64)})
+    states.put(("b",), {"x": torch.zeros(one_state // 8 + 1, dtype=torch.float64)})
+    assert list(states) == [("a",)]

@@ -7,6 +7,7 @@ float64 within 1e-10, float32 within 1e-4 relative. This test may never be skipp
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -213,7 +214,9 @@ class Session:
             state=self.state,
             keep_state=True,
             fork_of=fork_of,
-            cache_key=("tenant", start),
+            cache_key=("tenant", "", start) if self.state is None else None,
+            cache_upto=cache_point,
+            cache_own=("tenant", self.name, start),
             cache_points=(cache_point,),
         )
 
@@ -241,9 +244,20 @@ def draw_engine(data: st.DataObject, model: LanguageModel) -> Engine:
     )
 
 
+def regenerate(data: st.DataObject, engine: Engine, sequences: list[Sequence], results: dict[str, TurnResult]) -> None:
+    """The same turns again in the same engine: the same tokens and states, whether from the cache or not."""
+    chosen = [sequences[0], *(one for one in sequences[1:2] if data.draw(st.booleans(), "again"))]
+    copies = [replace(sequence, num_done=0, output=[], fork_of=None) for sequence in chosen]
+    again = run(engine, copies, [data.draw(st.integers(0, 2), "delay") for _ in copies])
+    for first, copy in zip(chosen, copies, strict=True):
+        assert copy.output == first.output
+        for key, tensor in again[copy.id].state.items():
+            assert_close(key, tensor, results[first.id].state[key], torch.float64)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_any_engine_gives_the_same_tokens_and_state(name: str, build_model: BuildModel) -> None:
-    """Two greedy turns of several sessions; arrival, budget, slots, forks and prefix cache are drawn."""
+    """Two greedy turns of several sessions, some answered again; arrival, budget, slots, forks and cache are drawn."""
     model = build_model(name, torch.float64)
 
     @settings(EXAMPLES, max_examples=12 if "+" in name else 30)
@@ -260,6 +274,7 @@ def test_any_engine_gives_the_same_tokens_and_state(name: str, build_model: Buil
                 sequences.append(session.turn(text, length, "0" if is_fork else None, len(head)))
             delays = [0, *(data.draw(st.integers(0, 4), "delay") for _ in sessions[1:])]
             results = run(engine, sequences, delays)
+            regenerate(data, engine, sequences, results)
             for session, sequence in zip(sessions, sequences, strict=True):
                 session.check(model, sequence, results[session.name])
 

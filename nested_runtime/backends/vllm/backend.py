@@ -185,6 +185,10 @@ class VllmBackend:
         """Nothing is cached here: states live in vLLM for the length of a request."""
         return 0
 
+    async def cached(self) -> list[tuple[str, ...]]:
+        """See `evict`."""
+        return []
+
     async def check(self) -> list[str]:
         """Whether the engine process lives."""
         if self._engine is None or self._closed_because is not None:
