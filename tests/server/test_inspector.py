@@ -94,13 +94,13 @@ def test_surprise_is_what_scoring_on_the_session_says(client: httpx.Client, chat
 
 
 def test_surprise_changes_nothing_else(client: httpx.Client, chat: Chat) -> None:
-    plain = chat(client, "my name is Ada", session="plain").json()
+    plain = chat(client, "my name is Ada", session="unsurprised").json()
     told = chat(client, "my name is Ada", session="told", **SURPRISE).json()
     assert "surprise" not in plain["session"]
     assert "prompt_logprobs" not in told
     assert told["choices"] == plain["choices"]
     # Not by digest: a library's product may differ in its last bit from one place in memory to another.
-    (one,), (other,) = (client.get(f"/v1/sessions/{s}/levels").json()["data"] for s in ("plain", "told"))
+    (one,), (other,) = (client.get(f"/v1/sessions/{s}/levels").json()["data"] for s in ("unsurprised", "told"))
     assert other["norm"] == pytest.approx(one["norm"], rel=1e-5)
     assert other["change"] == pytest.approx(one["change"], rel=1e-4)
 
