@@ -9,6 +9,7 @@ are CPU time of this process, medians; ratios within one run. Writes build/bench
     flatness     time of a decode step after 512 tokens and after a long history, interleaved
     second_turn  time to the first token of a warm session beyond reading its prompt, resident and from stored bytes
     shared       time to the first token of a second session behind a shared prompt of 2,000 tokens, over the first's
+    regenerated  the same for a question of 512 tokens asked again, and what keeping the state after it costs
     state        bytes of one session of the shipped model: live, stored exactly, stored in bfloat16
 """
 
@@ -155,6 +156,26 @@ def shared(model: Hope, rounds: int) -> dict[str, Any]:
     return {"case": "shared_prompt_2000", "measure": "second over first TTFT", "value": statistics.median(ratios)}
 
 
+def regenerated(model: Hope, rounds: int) -> list[dict[str, Any]]:
+    """A question of 512 tokens from one version: what keeping the state after it costs, and asking it again."""
+    engine = Engine(model, capacity=2, prefix_cache_bytes=1 << 26)
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    keeping, again = [], []
+    for number in range(rounds):
+        prompt = tokens(1, 512)[0].tolist()
+        plain, _ = first_token(engine, Asked(f"p{number}", prompt, params))
+        kept, found = (
+            first_token(engine, Asked(f"{name}{number}", prompt, params, cache_own=("tenant", "session", "digest")))[0]
+            for name in "kf"
+        )
+        keeping.append((kept - plain) * 1e3)
+        again.append(found / plain)
+    return [
+        {"case": "regenerated_512", "measure": "TTFT over that of the first", "value": statistics.median(again)},
+        {"case": "keeping_a_question", "measure": "ms beyond the prefill", "value": statistics.median(keeping)},
+    ]
+
+
 def state_bytes() -> list[dict[str, Any]]:
     """Bytes of a session of hope-nano in the middle of a chunk."""
     model = load("hope-nano").model
@@ -189,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows += [outside(model, sessions, rounds) for sessions in (1, 16)]
     rows += second_turn(model, 2 * rounds)
     rows.append(shared(model, max(2, rounds // 2)))
+    rows += regenerated(model, 4 * rounds)
     rows += flatness(model, (512, 4096) if args.short else (512, 4096, 16384, 65536), rounds)
     for row in rows:
         print(f"{row['case']:24}{row['measure']:32}{row['value']:14.3f}")

@@ -272,7 +272,7 @@ class Engine:
         if not work:
             return
         jobs = [job for job, _ in work]
-        logits = torch.cat([row for _, row in work])
+        logits = work[0][1] if len(work) == 1 else torch.cat([row for _, row in work])
         tokens = choose(logits, [job.chooser for job in jobs])
         logprobs = token_logprobs(logits, tokens, [job.sequence.params.logprobs for job in jobs])
         self._counters["sampled_tokens"] += len(tokens)

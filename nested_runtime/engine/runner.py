@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import isfinite
 
 import torch
 
@@ -109,7 +110,7 @@ class Runner:
     def _fill(self, buffer: torch.Tensor, values: list[int]) -> torch.Tensor:
         view = buffer[: len(values)]
         view.numpy()[:] = values
-        return view.to(self.device, non_blocking=True)
+        return view if self.device.type == "cpu" else view.to(self.device, non_blocking=True)
 
 
 def _pieces(rows: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
@@ -120,7 +121,7 @@ def _pieces(rows: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
 
 def _bad(rows: torch.Tensor, lengths: list[int]) -> list[int]:
     """Indices of the pieces of `rows` with a NaN or an infinity."""
-    if bool(rows.sum().isfinite()):  # then so are all terms
+    if isfinite(rows.sum().item()):  # then so are all terms
         return []
     return [index for index, piece in enumerate(_pieces(rows, lengths)) if not bool(piece.isfinite().all())]
 

@@ -60,6 +60,8 @@ class Scheduler:
         return decodes + self._plan_prefill(max(left, self.quantum))
 
     def _plan_prefill(self, budget: int) -> list[tuple[Job, int]]:
+        if not self._prefilling:
+            return []
         turns = deque(job for job in self._prefilling if job.is_prefilling and not job.is_due)
         due = deque(job for job in self._prefilling if job.is_prefilling and job.is_due)
         grants = dict.fromkeys(turns, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import torch
 
@@ -157,7 +158,7 @@ class SlotPool:
         """Whether no tensor of the slot holds NaN or infinity."""
         # The sum is finite whenever all terms are, unless it overflows: only then look at every element.
         rows = [tensor for tensor in self._view(slot).values() if tensor.is_floating_point()]
-        return all(bool(row.sum().isfinite()) or bool(row.isfinite().all()) for row in rows)
+        return all(isfinite(row.sum().item()) or bool(row.isfinite().all()) for row in rows)
 
     def check_integrity(self, *, deep: bool = False) -> None:
         """Raise NestedError unless free + clean + dirty is every slot once; deep: and slots not dirty are all zero."""
