@@ -16,7 +16,7 @@ from nested_runtime.kernels.gated_delta.triton_backward import backward
 from nested_runtime.kernels.levels.triton import low_rank_apply, outer_step, step
 from nested_runtime.kernels.mlp_memory.triton import chunk_gradient
 from nested_runtime.kernels.short_conv.triton import packed_conv
-from nested_runtime.kernels.slots.triton import copy_slots, pack_int8, unpack_int8, zero_slots
+from nested_runtime.kernels.slots.triton import pack_int8, unpack_int8
 
 __all__ = ["SPECIMENS"]
 
@@ -70,15 +70,15 @@ def short_conv() -> None:
 
 def slots() -> None:
     pool, where = empty(65, 16, 194, 64), empty(64, dtype=torch.int32)
-    copy_slots(pool, where, where)
-    zero_slots(pool, where)
     unpack_int8(*pack_int8(pool, where), pool, where)
 
 
 def levels() -> None:
     where, rate = batch(64, 512), empty(64)
     inner, outer = empty(65, 16, 1024), empty(65, 4096, 16)
-    low_rank_apply(empty(512, 1024), empty(512, 4096), empty(16, 1024), inner, outer, where.slots, where.cu_seqlens)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y, start = (empty(*shape, dtype=dtype) for shape in ((512, 1024), (512, 4096), (16, 1024)))
+        low_rank_apply(x, y, start, inner, outer, where.slots, where.cu_seqlens)
     dense, momentum = empty(17, 4096, 1024), empty(17, 4096, 1024)
     step(dense, empty(64, 4096, 1024), where.slots, rate, momentum, 0.9, rate)
     outer_step(dense, *(empty(64, 512, n, dtype=torch.bfloat16) for n in (4096, 1024)), where.slots, rate)

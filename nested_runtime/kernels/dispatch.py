@@ -12,19 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from nested_runtime.config import from_environment
 from nested_runtime.errors import ConfigError
 
-__all__ = ["KernelConfig", "Kernels", "choose", "packed_kernels", "training_scan"]
+__all__ = ["KernelConfig", "Kernels", "choose", "gpu_function", "packed_kernels"]
 
 DEVICES = {"native": "cpu", "numba": "cpu", "triton": "cuda"}  # the first that works is chosen
 BOTH = (torch.float32, torch.float64)
 DTYPES = {"native": BOTH, "numba": BOTH, "triton": (torch.float32,)}
-TRAINED = (torch.float32, torch.bfloat16)  # by Triton, which computes in float32
+GPU = {  # beside the pair: differentiable scan of whole chunks, low-rank deltas of many sessions in slots
+    "chunk_scan": ("delta_rule.triton_train", (torch.float32, torch.bfloat16)),
+    "low_rank_apply": ("levels.triton", (torch.float32,)),
+}
 
 
 @dataclass(frozen=True)
@@ -70,22 +73,22 @@ def packed_kernels(device: str, dtype: torch.dtype) -> Kernels | None:
 
 
 @cache
-def training_scan(device: str, dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """`delta_rule/triton_train.py`'s differentiable scan where it serves; None for that of `delta_rule/chunk.py`.
+def gpu_function(name: str, device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """The function of `GPU` by that name where Triton serves such tensors; None for what torch does.
 
-    ConfigError where NESTED_KERNELS=triton and CUDA tensors of such a dtype cannot have it.
+    ConfigError where NESTED_KERNELS=triton and tensors it could serve cannot have it.
     """
-    forced = KernelConfig(**from_environment(KernelConfig)).kernels
-    if device != "cuda" or dtype not in TRAINED or forced not in ("auto", "triton"):
+    module, dtypes = GPU[name]
+    wanted = KernelConfig(**from_environment(KernelConfig)).kernels
+    if device != "cuda" or dtype not in dtypes or wanted not in ("auto", "triton"):
         return None
     try:
-        scan: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-        scan = import_module("nested_runtime.kernels.delta_rule.triton_train").chunk_scan
+        found: Callable[..., Any] = getattr(import_module(f"nested_runtime.kernels.{module}"), name)
     except ImportError as error:
-        if forced == "triton":
+        if wanted == "triton":
             raise ConfigError(f"NESTED_KERNELS=triton cannot be used: {error}; unset it or install triton") from error
         return None
-    return scan
+    return found
 
 
 def _require_support(name: str, device: str, dtype: torch.dtype) -> None:

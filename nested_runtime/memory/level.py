@@ -10,7 +10,7 @@ until a step is taken (`AdaptiveMLP`), or the static MLP (`Deltas` alone, ad-hoc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,16 @@ from torch import nn
 from torch.nn.functional import linear, relu
 
 from nested_runtime.errors import ConfigError
+from nested_runtime.kernels.dispatch import gpu_function
 from nested_runtime.optim.base import InnerRule, build_rule
 
-__all__ = ["AdaptiveMLP", "Change", "Deltas", "Level", "check_levels", "keep"]
+__all__ = ["AdaptiveMLP", "Change", "Deltas", "Level", "Span", "check_levels", "keep", "packed_change"]
 
 Change = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """(matrix "up" or "down", its input x, x W_0^T) -> x W^T with the sessions' deltas."""
+
+Span = tuple[int, int, int]
+"""Slot, first and past-the-last row of one session in a packed step."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,41 @@ class Deltas(nn.Module):
         inner, outer = delta[f"{which}_in"], delta[f"{which}_out"]
         v: torch.Tensor = getattr(self, f"{which}_in").to(inner.dtype) + inner
         return (x.to(v.dtype) @ v.transpose(-1, -2) @ outer.transpose(-1, -2)).to(x.dtype)
+
+
+def packed_change(start: Deltas, pool: Mapping[str, torch.Tensor], spans: Sequence[Span]) -> Change:
+    """The change of packed streams [T, D], in place: `spans`, in order, have the deltas in their slots of `pool`."""
+    if start.rank is not None and spans and not torch.is_grad_enabled():
+        tensor = pool["up_in"]
+        fast = gpu_function("low_rank_apply", tensor.device.type, tensor.dtype)
+        if fast is not None:
+            return _grouped(fast, start, pool, spans)
+
+    def change(which: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for slot, begin, end in spans:
+            y[begin:end] += start.delta_of(which, x[begin:end], {name: t[slot] for name, t in pool.items()})
+        return y
+
+    return change
+
+
+def _grouped(
+    apply: Callable[..., None], start: Deltas, pool: Mapping[str, torch.Tensor], spans: Sequence[Span]
+) -> Change:
+    """`packed_change` by one call of `apply` (`kernels/levels`) for all sessions."""
+    slots, bounds = list[int](), [0]
+    for slot, begin, end in spans:  # rows between two spans go to slot 0, which adds nothing
+        slots += [0, slot]
+        bounds += [begin, end]
+    where = [torch.tensor(n, dtype=torch.int32, device=pool["up_in"].device) for n in (slots, bounds)]
+
+    def change(which: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = y.contiguous()
+        inner, outer = f"{which}_in", f"{which}_out"
+        apply(x.contiguous(), y, getattr(start, inner), pool[inner], pool[outer], *where)
+        return y
+
+    return change
 
 
 class AdaptiveMLP(Deltas):

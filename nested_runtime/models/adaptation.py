@@ -21,14 +21,12 @@ from torch.nn.functional import cross_entropy
 from nested_runtime.core import Batch
 from nested_runtime.errors import StateError
 from nested_runtime.memory.cms import ContinuumMemory, LevelStep, level_name
-from nested_runtime.memory.level import Change, Level
+from nested_runtime.memory.level import Change, Level, Span, packed_change
 from nested_runtime.state.spec import TensorSpec, prefixed
 
 __all__ = ["Adaptation", "Part", "Stepped", "read_clock", "retained", "select"]
 
 Tensors = Mapping[str, torch.Tensor]
-Span = tuple[int, int, int]
-"""Slot, first and past-the-last row of one session in a packed step."""
 SMALL, LARGE = 8, 32  # tokens of the last piece of a chunk at most, of any piece at most
 SINCE, UPDATES, REFUSED = range(3)
 """Columns of a level's clock: tokens since its last step, steps taken, steps refused because they diverged."""
@@ -139,17 +137,7 @@ class Adaptation:
     def packed_changes(self, part: Part, pool: Tensors, learned: Sequence[Sequence[Span]]) -> list[Change]:
         """The same for packed streams [T, D]: `learned` says per level whose delta is not zero."""
         local = local_of(part, pool)
-        return [self._packed(part, n, part.cms.deltas(n, local), spans) for n, spans in enumerate(learned)]
-
-    def _packed(self, part: Part, number: int, delta: Tensors, spans: Sequence[Span]) -> Change:
-        mlp = part.cms.level(number)
-
-        def change(which: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            for slot, begin, end in spans:
-                y[begin:end] += mlp.delta_of(which, x[begin:end], {name: t[slot] for name, t in delta.items()})
-            return y
-
-        return change
+        return [packed_change(part.cms.level(n), part.cms.deltas(n, local), spans) for n, spans in enumerate(learned)]
 
     def learned(self, batch: Batch, pool: Tensors) -> list[list[Span]]:
         """Per level, slot and rows of the sessions that have taken a step: the others read with the start alone."""

@@ -102,9 +102,8 @@ class SlotPool:
     def release(self, slot: int) -> None:
         """Zero the slot and make it free. Zeroing happens here, so nothing of a tenant lies around."""
         self._require_owned(slot)
-        if slot in self._dirty:
-            for tensor in self._slots.values():
-                tensor[slot].zero_()
+        if slot in self._dirty and self._slots:
+            torch._foreach_zero_(self._rows(slot))
         if self.blocks is not None:
             self.blocks.release(slot)
         self._clean.discard(slot)
@@ -145,12 +144,16 @@ class SlotPool:
         rows = self.blocks.save(slot) if self.blocks is not None else {}
         return {name: tensor[slot] for name, tensor in self._slots.items()} | rows
 
+    def _rows(self, slot: int) -> list[torch.Tensor]:
+        """The slot of every tensor that does not grow, for operations that a GPU does in one launch."""
+        return [tensor[slot] for tensor in self._slots.values()]
+
     def copy(self, src: int, dst: int) -> None:
         """Make the state of acquired slot `dst` equal to that of `src`."""
         state = self._view(src)
         self.mark_dirty(dst)
-        for name, tensor in self._slots.items():
-            tensor[dst].copy_(state[name])
+        if self._slots:
+            torch._foreach_copy_(self._rows(dst), self._rows(src))
         if self.blocks is not None:
             self.blocks.load(dst, state)
 

@@ -13,6 +13,7 @@ from nested_runtime.kernels.mlp_memory import reference as memory
 from nested_runtime.kernels.mlp_memory import triton as fast_memory
 from nested_runtime.kernels.slots import reference as slots_
 from nested_runtime.kernels.slots import triton as fast_slots
+from nested_runtime.memory.level import Deltas, packed_change
 
 Normal = Callable[..., torch.Tensor]
 Relative = Callable[[torch.Tensor, torch.Tensor], float]
@@ -29,20 +30,6 @@ def pool_of(normal: Normal, *shape: int) -> torch.Tensor:
     pool = normal(5, size + 3)[:, :size].unflatten(1, shape)
     pool[0] = 0
     return pool
-
-
-def test_copy_and_zero(device: torch.device, normal: Normal, slots: torch.Tensor) -> None:
-    pool = pool_of(normal, 70, 65)
-    expected = pool.clone()
-    target = torch.tensor([2, 0, 4], dtype=torch.int32, device=device)
-    fast_slots.copy_slots(pool, slots, target)
-    slots_.copy_slots(expected, slots, target)
-    assert torch.equal(pool, expected)
-    assert torch.equal(pool[2], pool[3])
-    fast_slots.zero_slots(pool, slots)
-    slots_.zero_slots(expected, slots)
-    assert torch.equal(pool, expected)
-    assert not pool[3].any()
 
 
 def test_int8_and_back(normal: Normal, slots: torch.Tensor) -> None:
@@ -73,6 +60,25 @@ def test_low_rank_deltas_are_grouped_by_slot(
     fast_levels.low_rank_apply(x, y, start, inner, outer, slots, bounds)
     assert relative(y, exact) <= 1e-5
     assert torch.equal(y[19:22], before[19:22])
+
+
+def test_packed_deltas_of_a_model_come_from_these_kernels(
+    device: torch.device, normal: Normal, relative: Relative, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    start = Deltas((30, 20), (20, 30), rank=3).to(device)
+    pool = {name: pool_of(normal, *shape) for name, shape in start.shapes().items()}
+    spans = [(3, 2, 19), (1, 21, 22)]  # rows of sessions that have learned nothing lie before, between and behind
+    x, y = normal(24, 20), normal(24, 30)
+    exact, found = y.clone(), y.clone()
+    with torch.no_grad():
+        packed_change(start, pool, spans)("up", x, exact)
+        monkeypatch.setattr("nested_runtime.memory.level.gpu_function", lambda *_: fast_levels.low_rank_apply)
+        packed_change(start, pool, spans)("up", x, found)
+        assert relative(found, exact) <= 1e-5
+        untouched = torch.tensor([0, 1, 19, 20, 22, 23], device=device)
+        assert torch.equal(found[untouched], y[untouched])
+        assert (found[2:19] != y[2:19]).any()
 
 
 @pytest.mark.parametrize("full", [False, True])

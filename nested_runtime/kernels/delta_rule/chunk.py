@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from nested_runtime.kernels.delta_rule.layout import ETA_MAX, NORM_EPS, RuleOptions, rows
-from nested_runtime.kernels.dispatch import training_scan
+from nested_runtime.kernels.dispatch import gpu_function
 
 __all__ = ["ChunkScan", "chunk_scan"]
 
@@ -300,9 +300,10 @@ def chunk_scan(
     then left unfinished: only valid when nothing follows). On a GPU Triton's kernels run it where `dispatch` allows.
     """
     with torch.autocast(xq.device.type, enabled=False):  # memories stay in their own precision
-        fast = training_scan(xq.device.type, xq.dtype)
+        fast = gpu_function("chunk_scan", xq.device.type, xq.dtype)
         if fast is not None:
-            return fast(xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options=options)
+            out, new = fast(xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options=options)
+            return out, new
         out, new = ChunkScan.apply(  # type: ignore[no-untyped-call]
             xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options
         )

@@ -1,1 +1,1 @@
-"""What happens to whole slots of a pool tensor: copy, zero, and int8 with a scale per row."""
+"""Slots of a pool tensor as int8 with a scale per row, and back."""

@@ -1,4 +1,4 @@
-"""Slots copied, zeroed and rounded to int8, in torch. pool [S+1, ..., K]; slots [B] int32, 0 = padding, left alone.
+"""Slots rounded to int8 and back, in torch. pool [S+1, ..., K]; slots [B] int32, 0 = padding, left alone.
 
 int8 is symmetric with one scale per row of K numbers: x = scale q, scale = max |x| / 127, q rounded half up.
 """
@@ -7,18 +7,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["copy_slots", "pack_int8", "unpack_int8", "zero_slots"]
-
-
-def copy_slots(pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """pool[target] <- pool[source] where target is not 0."""
-    kept = target > 0
-    pool[target[kept].long()] = pool[source[kept].long()]
-
-
-def zero_slots(pool: torch.Tensor, slots: torch.Tensor) -> None:
-    """pool[slots] <- 0."""
-    pool[slots.long()] = 0
+__all__ = ["pack_int8", "unpack_int8"]
 
 
 def pack_int8(pool: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

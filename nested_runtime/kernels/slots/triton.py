@@ -1,4 +1,4 @@
-"""Slots copied, zeroed and rounded to int8 on a GPU, many slots in one launch; see `reference.py`."""
+"""Slots rounded to int8 and back on a GPU, many slots in one launch; see `reference.py`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["copy_slots", "pack_int8", "unpack_int8", "zero_slots"]
+__all__ = ["pack_int8", "unpack_int8"]
 
-BLOCK = 4096
 ROWS = 16  # of one program that packs
-
-
-@triton.jit
-def _copy(pool, source, target, count, stride, ZERO: tl.constexpr, BLOCK: tl.constexpr):
-    b, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    to = tl.load(target + b).to(tl.int64)
-    if to == 0:
-        return
-    value = tl.zeros([BLOCK], pool.dtype.element_ty)
-    if not ZERO:
-        value = tl.load(pool + tl.load(source + b).to(tl.int64) * stride + at, mask=at < count)
-    tl.store(pool + to * stride + at, value, mask=at < count)
 
 
 @triton.jit
@@ -49,19 +36,6 @@ def _unpack(q, scales, pool, slots, rows, stride, K: tl.constexpr, KP: tl.conste
     x = tl.load(q + first * K + cells, mask=mask, other=0).to(tl.float32)
     x *= tl.load(scales + first + r, mask=r < rows, other=0.0)[:, None]
     tl.store(pool + slot * stride + cells, x, mask=mask)
-
-
-def copy_slots(pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """See `reference.copy_slots`. No target may also be a source."""
-    count = pool[0].numel()
-    grid = (len(target), triton.cdiv(count, BLOCK))
-    _copy[grid](pool, source, target, count, pool.stride(0), ZERO=False, BLOCK=BLOCK)
-
-
-def zero_slots(pool: torch.Tensor, slots: torch.Tensor) -> None:
-    """See `reference.zero_slots`."""
-    count = pool[0].numel()
-    _copy[len(slots), triton.cdiv(count, BLOCK)](pool, slots, slots, count, pool.stride(0), ZERO=True, BLOCK=BLOCK)
 
 
 def pack_int8(pool: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
