@@ -162,11 +162,15 @@ function snapshotTable(id, found) {
   ]));
 }
 
+/** The row to import a file; a file that was chosen stays chosen while the page is drawn again. */
 function importer(id) {
-  const file = el("input", { type: "file", id: "import", accept: ".safetensors" });
+  const kept = byId("import");
+  const file = kept?.dataset.session === id ? kept : el("input", { type: "file", id: "import", accept: ".safetensors" });
+  file.dataset.session = id;
   const load = button("Import", () => change(async () => {
     if (!file.files.length) throw new Error("Choose an exported file first.");
     const made = await api.importFile(id, tab.version, file.files[0], byId("model").value);
+    file.value = "";
     return `Imported as version ${made.version}.`;
   }));
   return el("div", { className: "row" }, el("label", { htmlFor: "import" }, "Memory file"), file, load);
