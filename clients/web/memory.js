@@ -162,11 +162,14 @@ function snapshotTable(id, found) {
   ]));
 }
 
+let chosen = null;
+
 /** The row to import a file; a file that was chosen stays chosen while the page is drawn again. */
 function importer(id) {
-  const kept = byId("import");
-  const file = kept?.dataset.session === id ? kept : el("input", { type: "file", id: "import", accept: ".safetensors" });
-  file.dataset.session = id;
+  if (chosen?.session !== id) {
+    chosen = { session: id, file: el("input", { type: "file", id: "import", accept: ".safetensors" }) };
+  }
+  const { file } = chosen;
   const load = button("Import", () => change(async () => {
     if (!file.files.length) throw new Error("Choose an exported file first.");
     const made = await api.importFile(id, tab.version, file.files[0], byId("model").value);
