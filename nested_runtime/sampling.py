@@ -117,7 +117,7 @@ def choose(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[int]:
         logits = logits.clone()
         for row in edited:
             choosers[row].edit(logits[row])
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens: list[int] = logits.numpy().argmax(axis=-1).tolist()  # torch.argmax takes ten times as long here
     random = [row for row, chooser in enumerate(choosers) if chooser.params.temperature > 0]
     if random:
         for row, token in zip(random, _sample(logits[random], [choosers[row] for row in random]), strict=True):
