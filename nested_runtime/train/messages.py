@@ -93,7 +93,7 @@ def stage(n: float) -> DialogueSpec:
         questions=(round(6 - n), round(10 - n)),
         small_talk=(0, round(6 * n)),
         p_correction=0.25 * n,
-        p_unknown=0.08 + 0.19 * n,
+        p_unknown=0.08 + 0.17 * n,
         p_embedded=0.3 * n,
         p_multi=0.1 + 0.15 * n,
         p_terse=0.03 + 0.04 * n,
