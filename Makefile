@@ -209,6 +209,7 @@ bench: bench-peers redis ## measure all that needs no running server (docs/perfo
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engine $(if $(SHORT),--short)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.updates $(if $(SHORT),--rounds 1)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.state_io --rounds $(if $(SHORT),20,200)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.over_http $(if $(SHORT),--rounds 1)
 
 # Needs no GPU: Triton's wheel carries the compilers. Kept by the hash of the source in build/aot.
 .PHONY: aot
