@@ -6,13 +6,12 @@ from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
-import torch
-
 from nested_runtime.core import SamplingParams, Sequence, TokenEvent, TokenLogprobs, TurnResult
 from nested_runtime.engine.engine import Engine
 from nested_runtime.errors import NestedError
 from nested_runtime.evals.exam import Exam, Question
 from nested_runtime.evals.subject import MAX_TOKENS, Forced, Progress, Transcript
+from nested_runtime.kernels.denormals import flushed_denormals
 from nested_runtime.models.loading import LoadedModel
 from nested_runtime.tokenizer import IncrementalDecoder
 from nested_runtime.train.data import render_dialogue
@@ -66,11 +65,8 @@ class InProcess:
 
     def sit(self, exams: Many[Exam], *, independent: bool, progress: Progress) -> list[Transcript]:
         """See `Subject.sit`."""
-        torch.set_flush_denormal(True)  # decayed memories are slow otherwise
-        try:
+        with flushed_denormals():
             return self._drive([self._visit(exam, independent) for exam in exams], progress)
-        finally:
-            torch.set_flush_denormal(False)
 
     # ---- one session ------------------------------------------------------------------------------------------------
 

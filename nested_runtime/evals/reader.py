@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
-import torch
-
 from nested_runtime.core import SamplingParams, Sequence, TokenLogprobs, TurnResult
 from nested_runtime.engine.engine import Engine
 from nested_runtime.errors import NestedError
+from nested_runtime.kernels.denormals import flushed_denormals
 from nested_runtime.models.loading import LoadedModel
 
 __all__ = ["Outcome", "Reader", "Reading"]
@@ -51,11 +50,8 @@ class Reader:
 
     def read(self, readings: Many[Reading]) -> list[Outcome]:
         """All outcomes, in order; NestedError if the model fails on one."""
-        torch.set_flush_denormal(True)  # decayed memories are slow otherwise
-        try:
+        with flushed_denormals():
             return self._run([self._sequence(reading) for reading in readings])
-        finally:
-            torch.set_flush_denormal(False)
 
     def _sequence(self, reading: Reading) -> Sequence:
         self._count += 1

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from nested_runtime.kernels.denormals import flushed_denormals
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.data import Corpus, Lanes, Session
 from nested_runtime.train.messages import Weights
@@ -95,10 +95,10 @@ class SmallTrainer(Trainer):
 
     def fit(self, eval_steps: int = 24) -> dict[str, float]:
         """Train to the end; loss and share of value tokens right on sessions drawn with another seed."""
-        torch.set_flush_denormal(True)
-        while self.step < self.steps:
-            self.train_step()
-        return self.evaluate(eval_steps)
+        with flushed_denormals():
+            while self.step < self.steps:
+                self.train_step()
+            return self.evaluate(eval_steps)
 
     def _train_lanes(self) -> Lanes:
         return self._recall(self.config.seed)

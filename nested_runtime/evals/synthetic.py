@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nested_runtime.errors import ConfigError
 from nested_runtime.evals.report import aligned, percent
 from nested_runtime.evals.small_setting import NoCorpus, tokenizer_of
 from nested_runtime.evals.tasks import VOCAB, Task
+from nested_runtime.kernels.denormals import flushed_denormals
 from nested_runtime.train.data import Lanes, Session
 from nested_runtime.train.trainer import TrainConfig, Trainer
 
@@ -51,13 +50,13 @@ class TaskTrainer(Trainer):
 
     def fit(self) -> list[float]:
         """Train to the end; the share of answers right for each range of sizes."""
-        torch.set_flush_denormal(True)
-        while self.step < self.steps:
-            self.train_step()
         shares = []
-        for sizes in self.task.test:
-            self.sizes = sizes
-            shares.append(self.evaluate(TEST_STEPS)["dev_value"])
+        with flushed_denormals():
+            while self.step < self.steps:
+                self.train_step()
+            for sizes in self.task.test:
+                self.sizes = sizes
+                shares.append(self.evaluate(TEST_STEPS)["dev_value"])
         return shares
 
     def _train_lanes(self) -> Lanes:

@@ -16,6 +16,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from nested_runtime.errors import ConfigError, NestedError
+from nested_runtime.kernels.denormals import flushed_denormals
 from nested_runtime.models.config import from_fields
 from nested_runtime.models.loading import load, load_tokenizer
 from nested_runtime.train.data import Corpus, Mixture, texts
@@ -84,10 +85,9 @@ def _prepare(args: argparse.Namespace, config: TrainConfig) -> None:
 
 def _work(rank: int, args: argparse.Namespace, config: TrainConfig, port: int) -> None:
     torch.set_num_threads(1 if args.workers > 1 else max(1, torch.get_num_threads()))
-    torch.set_flush_denormal(True)
     tokenizer = load_tokenizer(args.out)
     corpus = Corpus(args.data, tokenizer)
-    with process_group(rank, args.workers, port):
+    with flushed_denormals(), process_group(rank, args.workers, port):
         trainer = Trainer(config, tokenizer, corpus, args.out, rank, args.workers)
         if not trainer.resume() and args.start:
             start_from(trainer.model, load(args.start))

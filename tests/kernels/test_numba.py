@@ -192,11 +192,13 @@ def test_scan_equals_the_reference_however_it_is_cut(
     data: st.DataObject,
 ) -> None:  # fmt: skip
     layer = Layer(seed, lengths, RuleOptions(chunk, read, retain), dtype, alpha, equal)
+    # What is forgotten to zero is a difference of equal numbers, which normalised keys then magnify (docs/log.md).
+    tolerance = 1e-3 if (retain, dtype) == ("zero", F32) else TOLERANCE[dtype]
     reads, pool = run(layer, draw_steps(data, lengths))
     for session, found in enumerate(reads):
         out, live = layer.expected(session)
-        assert relative(found, out) <= TOLERANCE[dtype]
-        assert relative(layer.live(pool, session), live) <= TOLERANCE[dtype]
+        assert relative(found, out) <= tolerance
+        assert relative(layer.live(pool, session), live) <= tolerance
         done = lengths[session] % chunk
         assert not any(pool[name][session + 1, :, done:].any() for name in ("tail_k", "tail_d", "tail_g"))
 
