@@ -69,9 +69,10 @@ redis:
 	fi; \
 	echo "WARNING: no redis-server and no way to install it here: the Redis tests will be skipped" >&2
 
+# Hypothesis draws the same examples every time here, so that a failure is the change's; plain pytest draws new ones.
 .PHONY: pytest
 pytest: venv redis
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup --hypothesis-profile=ci $(ARGS)
 
 .PHONY: test-faults
 test-faults: venv redis ## kill, cut, pause and feed it garbage (NESTED_FAULT_POINTS=100)
