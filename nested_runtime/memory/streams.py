@@ -39,6 +39,7 @@ class GatedStreams(UpdateRule):
         self.conv = nn.Parameter(torch.randn(conv_width, 3 * inner) * 0.05)
         self.norm = nn.Parameter(torch.ones(head_dim))
         self.w_out = nn.Parameter(torch.zeros(dim, inner))
+        self.gate_logits = nn.Identity()  # sees the gates' logits [.., G, H]: what training watches takes a hook here
         self._start_as_induction()
 
     @torch.no_grad()
@@ -71,7 +72,7 @@ class GatedStreams(UpdateRule):
         inner, bias = self.heads * self.head_dim, self.gate_bias
         projected = linear(x, self.w_in)
         streams, gate, logits = torch.split(projected, [3 * inner, inner, bias.numel()], dim=-1)
-        return streams, gate, logits.to(bias.dtype).view(*x.shape[:-1], *bias.shape) + bias
+        return streams, gate, self.gate_logits(logits.to(bias.dtype).view(*x.shape[:-1], *bias.shape) + bias)
 
     def finish(self, read: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Per-head RMS norm of the read [.., H, K], gated, projected back to [.., D]."""

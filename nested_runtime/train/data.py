@@ -11,10 +11,10 @@ import io
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
@@ -26,7 +26,7 @@ from nested_runtime.train.dense import echo_drill, pairs_drill
 from nested_runtime.train.dialogues import Dialogue, DialogueSpec, Weights, Writer, compose, copy_drill, stage
 from nested_runtime.train.templated import FIRST, templated
 
-__all__ = ["Corpus", "Lanes", "Mixture", "Session", "read_rows", "render_dialogue"]
+__all__ = ["Corpus", "Lanes", "Mixture", "Segment", "Session", "read_rows", "render_dialogue"]
 
 TONES = ("caring", "enthusiastic", "professional", "witty")  # the same questions in other tones: one tone is kept
 HELD_OUT = 100  # one document in so many is never trained on (fluency evaluation)
@@ -132,10 +132,33 @@ def _exchanges(messages: tuple[tuple[str, str], ...], longest: int = 120) -> lis
 
 @dataclass
 class Session:
-    """Tokens of one session and the loss weight of predicting each of them."""
+    """Tokens of one session, the loss weight of predicting each of them, and which of them tell nothing."""
 
     tokens: np.ndarray
     weights: np.ndarray
+    idle: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))  # empty: none is
+
+    def __post_init__(self) -> None:
+        if not len(self.idle):
+            self.idle = np.zeros(len(self.tokens), dtype=bool)
+
+
+def _joined(parts: Sequence[Session]) -> Session:
+    """One session after the other, as one."""
+    return Session(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "weights", "idle")))
+
+
+class Segment(NamedTuple):
+    """What all lanes read in one step.
+
+    tokens [B, T+1] int64, weights [B, T] of predicting tokens[:, 1:], fresh [B] bool (a session starts), idle [B, T]
+    bool (which of tokens[:, :-1] tell nothing).
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    fresh: np.ndarray
+    idle: np.ndarray
 
 
 def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
@@ -241,9 +264,8 @@ class Lanes:
         while size < segments * self.length + 1:
             parts.append(self._more())
             size += len(parts[-1].tokens)
-        tokens = np.concatenate([p.tokens for p in parts])[: segments * self.length + 1]
-        weights = np.concatenate([p.weights for p in parts])[: segments * self.length + 1]
-        return Session(tokens, self._thin(weights))
+        whole, end = _joined(parts), segments * self.length + 1
+        return Session(whole.tokens[:end], self._thin(whole.weights[:end]), whole.idle[:end])
 
     def _more(self) -> Session:
         """What fills a session's last segment: further questions about what it told, with text between them."""
@@ -274,9 +296,7 @@ class Lanes:
             parts.append(self._text(chat=True))
             left -= len(parts[-1].tokens)
         parts.append(render_dialogue(replace(dialogue, messages=dialogue.messages[cut:]), self.tokenizer))
-        return Session(
-            *(np.concatenate(arrays) for arrays in zip(*((p.tokens, p.weights) for p in parts), strict=True))
-        )
+        return _joined(parts)
 
     def _spec(self) -> DialogueSpec:
         spec = stage(self.progress * self.rng.random() ** 0.5)
@@ -292,11 +312,11 @@ class Lanes:
 
     def _text(self, chat: bool) -> Session:
         ids = self.rng.choice(self.corpus.chats if chat else self.corpus.prose)[: 4 * self.length]
-        return Session(ids, np.full(len(ids), 0.5, dtype=np.float32))
+        return Session(ids, np.full(len(ids), 0.5, dtype=np.float32), np.ones(len(ids), dtype=bool))
 
-    def next(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """tokens [B, T+1] int64, weights [B, T] of predicting tokens[:, 1:], fresh [B] bool (a session starts)."""
-        tokens, weights, fresh = [], [], []
+    def next(self) -> Segment:
+        """The next segment of every lane."""
+        tokens, weights, fresh, idle = [], [], [], []
         for i, session in enumerate(self._lanes):
             if self._at[i] + self.length + 1 > len(session.tokens):
                 session = self._lanes[i] = self._new()
@@ -305,8 +325,9 @@ class Lanes:
             fresh.append(at == 0)
             tokens.append(session.tokens[at : at + self.length + 1])
             weights.append(session.weights[at + 1 : at + self.length + 1])
+            idle.append(session.idle[at : at + self.length])
             self._at[i] = at + self.length
-        return np.stack(tokens).astype(np.int64), np.stack(weights), np.array(fresh)
+        return Segment(np.stack(tokens).astype(np.int64), np.stack(weights), np.array(fresh), np.stack(idle))
 
 
 def texts(folder: Path) -> Iterable[str]:

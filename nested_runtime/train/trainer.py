@@ -26,6 +26,7 @@ from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.checkpoint import load_run, save_run
 from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture
 from nested_runtime.train.muon import Muon
+from nested_runtime.train.quiet import Quiet
 from nested_runtime.train.start import train_only_levels
 
 __all__ = ["TrainConfig", "Trainer"]
@@ -52,6 +53,7 @@ class TrainConfig:
     bf16: bool | None = None  # products in bf16; None: where the device has units for them
     only_levels: bool = False  # train the start and the rates of levels, keep the rest as it is
     carry_kv: bool = True  # False: every segment begins with an empty window, so that levels alone can remember
+    quiet: float = 0.0  # price of writing text that tells nothing into memories that keep it; 0: free
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
     eval_every: int = 250
@@ -64,6 +66,8 @@ class TrainConfig:
         for name in ("lr_matrix", "lr_other", "cooldown", "clip", "curriculum"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"config field {name!r} must be a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.quiet < math.inf:
+            raise ConfigError(f"config field 'quiet' must be a number, at least 0, got {self.quiet}")
 
     def build(self) -> LanguageModel:
         """The model with fresh parameters; ConfigError names what does not fit it."""
@@ -98,6 +102,7 @@ class Trainer:
         self.model: LanguageModel = config.build().to(self.device)
         self.corpus = corpus
         self.lanes = self._train_lanes()
+        self.quiet = Quiet(self.model) if config.quiet else None
         self.optimizers = self._optimizers()
         self.step, self.state = 0, None
         self.per_step = config.lanes * config.length * world
@@ -139,11 +144,8 @@ class Trainer:
 
     def _forward(self, lanes: Lanes, state: Any, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
         """loss, number of value tokens right, number of value tokens, next state."""
-        tokens_np, weights_np, fresh_np = lanes.next()
-        tokens = torch.from_numpy(tokens_np).to(self.device)
-        weights = torch.from_numpy(weights_np).to(self.device)
+        tokens, weights, fresh, idle = (torch.from_numpy(array).to(self.device) for array in lanes.next())
         if state is not None:
-            fresh = torch.from_numpy(fresh_np).to(self.device)
             # Filled, not multiplied: 0 times a diverged lane's NaN would be NaN for ever.
             state = {n: t.detach().masked_fill(fresh.view(-1, *[1] * (t.ndim - 1)), 0) for n, t in state.items()}
             if not self.config.carry_kv:
@@ -156,7 +158,11 @@ class Trainer:
         losses = cross_entropy(logits.float(), targets, reduction="none")
         value = weight > VALUE_WEIGHT
         right = (logits[value].argmax(-1) == targets[value]).sum()
-        return (losses * weight).sum() / weight.sum().clamp(min=1), right, value.sum(), state
+        loss = (losses * weight).sum() / weight.sum().clamp(min=1)
+        if self.quiet is not None:
+            price = self.quiet.price(idle)
+            loss = loss + self.config.quiet * price if torch.is_grad_enabled() else loss
+        return loss, right, value.sum(), state
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns its figures."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,15 +116,16 @@ def test_weights_of_a_message_by_hand(small_tokenizer: Tokenizer) -> None:
 def test_segments_carry_on_where_the_last_ended(corpus: Corpus, small_tokenizer: Tokenizer, kind: str) -> None:
     length = 32
     lanes = Lanes(corpus, small_tokenizer, 3, length, 5, only(kind))
-    tokens, weights, fresh = lanes.next()
+    tokens, weights, fresh, idle = lanes.next()
     assert fresh.all(), "the first segment of every lane starts a session"
     for _ in range(30):
         before = tokens
-        tokens, weights, fresh = lanes.next()
+        tokens, weights, fresh, idle = lanes.next()
         assert tokens.shape == (3, length + 1)
         assert tokens.dtype == np.int64
         assert weights.shape == (3, length)
         assert fresh.shape == (3,)
+        assert idle.shape == (3, length)
         for lane in range(3):
             if not fresh[lane]:
                 assert tokens[lane, 0] == before[lane, -1]
@@ -135,18 +137,32 @@ def test_a_lane_is_its_sessions_cut_up(corpus: Corpus, small_tokenizer: Tokenize
     lanes = Lanes(corpus, small_tokenizer, 1, 32, 9, only("dialogue"))
     session, at = lanes._lanes[0], 0
     for _ in range(40):
-        tokens, weights, fresh = lanes.next()
+        tokens, weights, fresh, idle = lanes.next()
         if lanes._lanes[0] is not session:
             assert at == len(session.tokens) - 1, "a session is read to its end"
             session, at = lanes._lanes[0], 0
         assert fresh[0] == (at == 0)
         assert tokens[0].tolist() == session.tokens[at : at + 33].tolist()
         assert weights[0].tolist() == session.weights[at + 1 : at + 33].tolist()
+        assert idle[0].tolist() == session.idle[at : at + 32].tolist()
         at += 32
     whole = {1.0, Weights.ack_value, Weights.unknown, Weights.value, Weights.value * FIRST}
     drawn = {round(float(w), 4) for w in np.unique(session.weights)}
     assert drawn <= {0.0} | whole, "small weights become rare whole ones"
     assert (session.weights == Weights.value).any()
+
+
+def test_what_lies_between_facts_and_questions_is_idle(corpus: Corpus, small_tokenizer: Tokenizer) -> None:
+    """Every chat put into a dialogue is marked, and nothing that anybody told or asked."""
+    mixture = replace(only("dialogue"), far=1.0, farthest=200)
+    lanes = Lanes(corpus, small_tokenizer, 1, 32, 4, mixture, progress=1.0)
+    session = lanes._dialogue()
+    texts = [small_tokenizer.decode(list(map(int, session.tokens[part]))) for part in (session.idle, ~session.idle)]
+    assert session.idle.sum() > 20
+    assert "How was day" in texts[0]
+    assert not session.weights[session.idle].max() > 0.5, "facts and answers are not idle"
+    assert (session.weights[~session.idle] == Weights.value * FIRST).any()
+    assert not lanes._draw().idle.all()
 
 
 def test_lanes_are_a_function_of_the_seed(corpus: Corpus, small_tokenizer: Tokenizer) -> None:
