@@ -79,7 +79,7 @@ def test_training_shuts_the_gates_for_idle_text(tmp_path: Path, corpus: Corpus, 
             trainer.model.scan(tokens[:, :-1], None, 0)
             found += [gates[idle][:, ETA, -1] for gates in seen]
             seen.clear()
-        return float(torch.cat(found).mean())
+        return torch.cat(found).mean().item()
 
     assert eta_of_idle(0.5) < eta_of_idle(0.0) - 0.5
 

@@ -82,11 +82,11 @@ def test_lanes_carry_their_memory_and_a_fresh_one_is_zero(make_trainer: MakeTrai
             trainer.lanes._at[1] = 1 << 30  # lane 1 has read its session to the end
         trainer.train_step()
     assert [position for _, _, position in seen] == [32 * i for i in range(6)]
-    for (_, state, _), (_, _, fresh) in zip(seen[1:], segments[1:], strict=True):
+    for (_, state, _), segment in zip(seen[1:], segments[1:], strict=True):
         for name, tensor in state.items():
             assert not tensor.requires_grad, name
-            assert [bool(t.any()) for t in tensor] == (~fresh).tolist(), name
-    assert segments[3][2].tolist()[1], "the test saw no new session"
+            assert [bool(t.any()) for t in tensor] == (~segment.fresh).tolist(), name
+    assert segments[3].fresh[1], "the test saw no new session"
 
 
 def test_a_diverged_lane_recovers_with_its_next_session(make_trainer: MakeTrainer) -> None:
