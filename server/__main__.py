@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with logs.configured(settings.log_format):
             service = assemble(settings)
-            asyncio.run(_serve(settings, service))
+            with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:  # uvloop where it runs
+                runner.run(_serve(settings, service))
     except NestedError as error:
         print(f"nested-serve: {error}", file=sys.stderr)
         return 2

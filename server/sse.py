@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ class EventStream(Response):
         self._source = source
         self._keep_alive = keep_alive
         self._cleanup = cleanup
+        self._sent = 0.0  # when the last event was, or comment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run until the source ends or the client disconnects."""
@@ -61,19 +63,24 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         async with aclosing(self._source):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            upcoming = asyncio.ensure_future(anext(self._source, None))
+            quiet = asyncio.create_task(self._keep_open(send))
             try:
-                while True:
-                    done, _ = await asyncio.wait({upcoming}, timeout=self._keep_alive)
-                    chunk = upcoming.result() if done else KEEP_ALIVE
-                    if chunk is None:
-                        break
+                async for chunk in self._source:
+                    self._sent = time.monotonic()
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                    if done:
-                        upcoming = asyncio.ensure_future(anext(self._source, None))
             finally:
-                await _end(upcoming)
+                await _end(quiet)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_open(self, send: Send) -> None:
+        """A comment whenever nothing was sent for `keep_alive` seconds."""
+        self._sent = time.monotonic()
+        while True:
+            left = self._sent + self._keep_alive - time.monotonic()
+            if left <= 0:
+                self._sent = time.monotonic()
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            await asyncio.sleep(max(left, 0) or self._keep_alive)
 
 
 async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

@@ -94,7 +94,7 @@ def test_the_openai_client_talks_and_streams(server: Any) -> None:
     assert reply.choices[0].logprobs is not None
     assert all(len(one.top_logprobs) == 2 for one in reply.choices[0].logprobs.content or [])
     with client.chat.completions.stream(
-        model="tiny", messages=[{"role": "user", "content": "again"}], max_tokens=4
+        model="tiny", messages=[{"role": "user", "content": "again"}], max_tokens=4, logit_bias={"4": -100}
     ) as stream:
         ended = [one for one in stream if one.type == "chunk"][-1].chunk
     assert ended.choices[0].finish_reason == "length"
