@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
+from uvicorn.loops.auto import auto_loop_factory
 
 from nested_runtime.errors import ConfigError, NestedError
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with logs.configured(settings.log_format):
             service = assemble(settings)
-            with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:  # uvloop where it runs
+            with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where there is one
                 runner.run(_serve(settings, service))
     except NestedError as error:
         print(f"nested-serve: {error}", file=sys.stderr)

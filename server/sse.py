@@ -76,11 +76,10 @@ class EventStream(Response):
         """A comment whenever nothing was sent for `keep_alive` seconds."""
         self._sent = time.monotonic()
         while True:
-            left = self._sent + self._keep_alive - time.monotonic()
-            if left <= 0:
+            await asyncio.sleep(self._sent + self._keep_alive - time.monotonic())
+            if time.monotonic() - self._sent >= self._keep_alive:
                 self._sent = time.monotonic()
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            await asyncio.sleep(max(left, 0) or self._keep_alive)
 
 
 async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

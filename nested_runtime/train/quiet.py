@@ -19,15 +19,13 @@ from nested_runtime.memory.streams import GatedStreams
 
 __all__ = ["FAR", "SHUT", "Quiet"]
 
-SHUT = (
-    -7.0
-)  # logit of eta: 0.0005 of a memory's row is overwritten, 0.9 of it is left after 4,096 tokens at random keys
+SHUT = -7.0  # logit of eta: what 4,096 tokens write at random keys overwrites a tenth of a memory
 FAR = 1000  # tokens over which a memory that keeps is told from one that forgets
-ETA, ALPHA = 0, 1  # gates, as every rule with both orders them
+ETA, ALPHA = 0, 1  # what writes and what keeps: the first two gates of every rule that has both
 
 
 class Quiet:
-    """Watches the gates of every memory of `model` with two gates (eta, alpha) during a forward."""
+    """Watches the gates of every memory of `model` that writes and keeps, in forwards that autograd records."""
 
     def __init__(self, model: nn.Module) -> None:
         self._seen: list[torch.Tensor] = []
@@ -36,12 +34,13 @@ class Quiet:
                 module.gate_logits.register_forward_hook(self._see)
 
     def _see(self, module: nn.Module, args: Any, logits: torch.Tensor) -> None:
-        self._seen.append(logits)
+        if logits.requires_grad:
+            self._seen.append(logits)
 
     def price(self, idle: torch.Tensor) -> torch.Tensor:
         """Mean over `idle` tokens [B, T] of sum over heads of keeps * relu(logit of eta - SHUT) / number of memories.
 
-        Also forgets what was seen; call it once after every forward whose gates [B, T, G, H] it shall judge.
+        Also forgets the gates [B, T, G, H] it has judged. Zero after a forward that autograd did not record.
         """
         seen, self._seen = self._seen, []
         if not seen or not idle.any():

@@ -160,8 +160,7 @@ class Trainer:
         right = (logits[value].argmax(-1) == targets[value]).sum()
         loss = (losses * weight).sum() / weight.sum().clamp(min=1)
         if self.quiet is not None:
-            price = self.quiet.price(idle)
-            loss = loss + self.config.quiet * price if torch.is_grad_enabled() else loss
+            loss = loss + self.config.quiet * self.quiet.price(idle)
         return loss, right, value.sum(), state
 
     def train_step(self) -> dict[str, float]:

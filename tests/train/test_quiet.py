@@ -52,6 +52,9 @@ def test_nothing_idle_costs_nothing_and_every_forward_is_judged_once() -> None:
     model.scan(TOKENS, None, 0)
     assert quiet.price(torch.zeros(2, 12, dtype=torch.bool)) == 0
     assert quiet.price(torch.ones(2, 12, dtype=torch.bool)) == 0, "the forward before was judged already"
+    with torch.no_grad():
+        model.scan(TOKENS, None, 0)
+    assert quiet.price(torch.ones(2, 12, dtype=torch.bool)) == 0, "an evaluation is not trained on"
 
 
 def test_heads_that_forget_are_free_to_write() -> None:
