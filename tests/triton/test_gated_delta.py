@@ -30,7 +30,7 @@ def expected(inputs: list[torch.Tensor], start: torch.Tensor) -> tuple[torch.Ten
     return out[0], state[0]
 
 
-@pytest.mark.parametrize(("dim", "rows", "log_alpha"), [(6, 5, -0.1), (32, 40, 0.0), (16, 16, -200.0)])
+@pytest.mark.parametrize(("dim", "rows", "log_alpha"), [(6, 5, -0.1), (64, 40, 0.0), (16, 16, -200.0)])
 def test_ragged_batches_equal_the_reference(
     dim: int, rows: int, log_alpha: float, device: torch.device, normal: Normal, relative: Relative
 ) -> None:
@@ -80,7 +80,7 @@ def test_near_equal_keys(device: torch.device, normal: Normal, relative: Relativ
 
 @pytest.mark.parametrize("length", [33, 5])
 def test_gradients_equal_those_of_the_reference(length: int, normal: Normal, relative: Relative) -> None:
-    batch, dim, rows = 2, 8, 20
+    batch, dim, rows = 2, 8, 40
     flat = draw(normal, batch * length, dim, rows, -0.1)
     inputs = [t.unflatten(0, (batch, length)) for t in flat] + [normal(batch, 2, rows, dim)]
     probes = normal(batch, length, 2, rows), normal(batch, 2, rows, dim)
