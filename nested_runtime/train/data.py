@@ -162,9 +162,13 @@ class Segment(NamedTuple):
 
 
 def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
-    """Tokens and weights of a dialogue. Spans are encoded together and weights follow character offsets."""
+    """Tokens and weights of a dialogue. Spans are encoded together and weights follow character offsets.
+
+    Under a checkpoint's own chat template no token counts as idle: such models have no gate the price could close.
+    """
     tokens: list[int] = []
     weights: list[float] = []
+    idle: list[bool] = []
     if isinstance(tokenizer, HubTokenizer):
         tokens, weights = templated(dialogue, tokenizer)
         return Session(np.array(tokens, dtype=np.uint32), np.array(weights, dtype=np.float32))
@@ -187,7 +191,8 @@ def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
             last = end
         tokens.append(tokenizer.end_id)
         weights.append(1.0 if message.role == "assistant" else 0.1)
-    return Session(np.array(tokens, dtype=np.uint32), np.array(weights, dtype=np.float32))
+        idle += [message.idle] * (len(tokens) - len(idle))
+    return Session(np.array(tokens, dtype=np.uint32), np.array(weights, dtype=np.float32), np.array(idle))
 
 
 KINDS = ("echo", "pairs", "drill", "dialogue", "chat", "prose")

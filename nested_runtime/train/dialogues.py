@@ -83,9 +83,9 @@ class Writer:
         """True with probability ``p``."""
         return self.rng.random() < p
 
-    def say(self, role: str, spans: Sequence[Span]) -> None:
-        """Add a message."""
-        message = Message(role, tuple(span for span in spans if span.text))
+    def say(self, role: str, spans: Sequence[Span], idle: bool = False) -> None:
+        """Add a message; an idle one tells nothing."""
+        message = Message(role, tuple(span for span in spans if span.text), idle)
         self.messages.append(message)
         self.history += " " + message.content.lower()
 
@@ -317,7 +317,7 @@ class Writer:
             text = self.user_text(template, fact.user, "ask_prefixes", "ask_suffixes")
         if self.chance(self.spec.p_embedded / 2):
             text = self.among_others(text if text[-1] in ".!?" else text + "?", after=0)
-        self.say("user", [Span(text, Weights.question)])
+        self.say("user", [Span(text, Weights.question)], idle=True)
 
     def probe(self, fact: Fact, kind: ProbeKind, expected: str, distance: int) -> None:
         """Note what the answer to the next message must hold."""
@@ -347,7 +347,8 @@ class Writer:
             return
         self.probe(fact, "unknown", "", 0)
         self.question(fact)
-        self.say("assistant", [Span(self.rng.choice(fact.relation.unknowns).render(fact.assistant), Weights.unknown)])
+        denial = self.rng.choice(fact.relation.unknowns).render(fact.assistant)
+        self.say("assistant", [Span(denial, Weights.unknown)], idle=True)
 
     def chat(self) -> None:
         """An exchange or two of small talk."""
@@ -358,8 +359,8 @@ class Writer:
             start = rng.randrange(max(1, len(whole) - size + 1))
             talk = whole[start : start + size]
         for user, assistant in talk:
-            self.say("user", [Span(user, Weights.user)])
-            self.say("assistant", [Span(assistant, Weights.small_talk)])
+            self.say("user", [Span(user, Weights.user)], idle=True)
+            self.say("assistant", [Span(assistant, Weights.small_talk)], idle=True)
 
     def write(self) -> Dialogue:
         """All turns: tellings, questions and small talk shuffled, then corrections and the late questions."""

@@ -31,10 +31,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Message:
-    """One message; ``role`` is "user" or "assistant"."""
+    """One message; ``role`` is "user" or "assistant"; ``idle`` where it tells nothing worth keeping."""
 
     role: str
     spans: tuple[Span, ...]
+    idle: bool = False
 
     @property
     def content(self) -> str:
