@@ -108,12 +108,12 @@ def _build(name: str, dtype: torch.dtype) -> LanguageModel:
         family = FAMILIES.get(name)
     except ModuleNotFoundError as error:
         pytest.skip(f"family {name!r} is registered but not there yet: {error}")
-    model = family.from_config({**family.TINY, **LEVELED.get(levels, {})})
-    # Fresh output projections are zero: without noise a wrong state would go unseen.
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        model = family.from_config({**family.TINY, **LEVELED.get(levels, {})})
+        # Fresh output projections are zero: without noise a wrong state would go unseen.
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.2 * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
 

@@ -40,15 +40,18 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., LanguageModel]:
-    """A float64 model of a family's TINY config with no parameter left at zero; fields can be overridden."""
+    """A float64 model of a family's TINY config with no parameter left at zero; fields can be overridden.
+
+    The same weights whatever ran before.
+    """
 
     def make(family: str, **fields: object) -> LanguageModel:
         kind = FAMILIES.get(family)
-        model: LanguageModel = kind.from_config({**kind.TINY, **fields}).double()
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(5)
+            model: LanguageModel = kind.from_config({**kind.TINY, **fields}).double()
             for p in model.parameters():
-                p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+                p.add_(0.2 * torch.randn_like(p))
         return model
 
     return make

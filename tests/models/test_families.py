@@ -129,7 +129,8 @@ def test_memories_stay_float32_in_a_bfloat16_model(family: str, make_model: Make
     hidden, state = model.scan(tokens, None, 0)
     expected, _ = model.float().scan(tokens, None, 0)
     assert {t.dtype for t in state.values()} == {torch.float32}
-    torch.testing.assert_close(hidden.float(), expected, rtol=0.1, atol=0.1)
+    # Twice the most of 40 random starts (0.029): rounding of 2^-9 a product, magnified where norms are small.
+    assert (hidden.float() - expected).norm() < 0.06 * expected.norm()
 
 
 def test_every_parameter_learns(family: str, make_model: MakeModel) -> None:
