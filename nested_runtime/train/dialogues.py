@@ -6,6 +6,7 @@ answer. Everything is a function of the random generator handed in and of the sp
 
 import functools
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from nested_runtime.train.variation import vary
 __all__ = ["Chat", "Dialogue", "DialogueSpec", "ExhaustedError", "Fact", "Message", "Probe", "Span", "Weights",
            "Writer", "compose", "copy_drill", "generate", "mentions", "relations", "stage"]  # fmt: skip
 
+OVERHEARD = 0.5  # share of the sentences around a fact that come from small talk, in training
 USUAL = 0.65  # share of the assistant's sentences that take its first way of saying it
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
 
@@ -195,13 +197,22 @@ class Writer:
         return vary(literals, self.rng) if self.split == "train" else literals
 
     def filler(self) -> str:
-        """A sentence that tells no fact, but may name things."""
+        """A sentence that tells no fact, but may name things; in training often one of somebody's chat."""
         for _ in range(20):
-            text = filler(self.values, self.rng)
+            text = self.overheard() if self.split == "train" and self.chance(OVERHEARD) else ""
+            text = text or filler(self.values, self.rng)
             if text not in self.fillers and not any(mentions(text.lower(), v) for v in self.taken):
                 self.fillers.add(text)
                 return text
         return "Anyway."
+
+    def overheard(self) -> str:
+        """The first sentence of something a user said in small talk, or nothing where it has no end."""
+        if not self.small_talk:
+            return ""
+        said, _ = self.rng.choice(self.rng.choice(self.small_talk))
+        end = re.match(r"[^.!?]+[.!?](?= |$)", said)
+        return end[0] if end else ""
 
     def among_others(self, text: str, after: int) -> str:
         """``text`` between sentences that tell nothing, at most ``after`` of them behind it."""

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 Variation = Callable[[list[str]], list[str]]  # of the literal pieces of one sentence
+TRAIN_ONLY = frozenset({"ask_prefixes", "ask_suffixes", "ask_wrappers", "tell_prefixes", "tell_suffixes"})
 LISTS = ("tells", "asks", "acks", "answers", "corrections", "unknowns")
 USER_LISTS = ("tells", "asks", "corrections")
 PEOPLE = frozenset({"person", "name", "relative", "fullname"})
@@ -375,8 +376,13 @@ def filler(values: Values, rng: random.Random) -> str:
 
 @functools.cache
 def decorations(name: str, split: str) -> tuple[str, ...]:
-    """The prefixes, suffixes or wrappers of one word file that belong to ``split``."""
-    return by_split(lines(name))[split]
+    """The prefixes, suffixes or wrappers of one word file that belong to ``split``; training has more of its own."""
+    found = by_split(lines(name))
+    if split != "train" or name not in TRAIN_ONLY:
+        return found[split]
+    held_out = {normalised(text) for other in SPLITS if other != "train" for text in found[other]}
+    more = [text for text in lines(f"train_only/{name}") if normalised(text) not in held_out]
+    return tuple(dict.fromkeys((*found["train"], *more)))
 
 
 @functools.cache
