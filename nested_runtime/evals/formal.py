@@ -12,9 +12,11 @@ STUDY = Study(
     FORMAL,
     {
         "hope, C=1": ("hope", {"chunk": 1}),
+        "hope, C=8": ("hope", {"chunk": 8}),
         "titans": ("titans", {}),
         "delta": ("delta", {}),
-        "transformer": ("transformer", {"window": 64}),
+        "transformer": ("transformer", {"window": 128}),
     },
-    tokens=200_000,
+    tokens=1_000_000,
+    lanes=64,
 )

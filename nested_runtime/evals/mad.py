@@ -17,4 +17,5 @@ STUDY = Study(
         "transformer": ("transformer", {"window": 64}),
     },
     tokens=200_000,
+    lanes=16,
 )

@@ -1,8 +1,8 @@
 """`nested-eval mad` and `nested-eval formal`: HOPE and the controls trained on synthetic tasks, one model a task.
 
 All families of a task read the same sequences in the same order. Formal languages are trained on words of up to 20
-letters and judged on those and on longer ones; HOPE has chunks of one token there, so that its memories can follow
-every letter (state tracking).
+letters, short ones first, and judged on those and on longer ones; with chunks of one token HOPE's memories follow every
+letter (state tracking): keys, values and gates are then functions of what the letter before left behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from nested_runtime.errors import ConfigError
 from nested_runtime.evals.report import aligned, percent
 from nested_runtime.evals.small_setting import NoCorpus, tokenizer_of
-from nested_runtime.evals.tasks import VOCAB, Task
+from nested_runtime.evals.tasks import VOCAB, Sizes, Task
 from nested_runtime.kernels.denormals import flushed_denormals
 from nested_runtime.train.data import Lanes, Session
 from nested_runtime.train.trainer import TrainConfig, Trainer
@@ -25,20 +25,21 @@ from nested_runtime.train.trainer import TrainConfig, Trainer
 __all__ = ["Study"]
 
 SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "dim": 48, "blocks": 2, "heads": 2, "head_dim": 24, "mlp_ratio": 2}
-LANES = 16
-TEST_STEPS = 8  # of `LANES` sequences
+TEST_SEQUENCES = 512  # of each range of sizes
 
 
 class TaskLanes(Lanes):
     """Every segment is one sequence of the task, with a fresh memory."""
 
-    def __init__(self, task: Task, sizes: tuple[int, int], trainer: Trainer, seed: int) -> None:
-        self.task, self.sizes = task, sizes
+    def __init__(self, task: Task, sizes: Sizes, trainer: Trainer, seed: int, grows: bool = False) -> None:
+        self.task, self.sizes, self.grows = task, sizes, grows
         c = trainer.config
-        super().__init__(trainer.corpus, trainer.tokenizer, c.lanes, c.length, seed, c.mixture)
+        super().__init__(trainer.corpus, trainer.tokenizer, c.lanes, sizes.length, seed, c.mixture)
 
     def _new(self) -> Session:
-        return self.task.session(self.rng, self.sizes)
+        low, high, _ = self.sizes
+        grown = low + round(self.progress * (high - low)) if self.grows else high
+        return self.task.session(self.rng, self.sizes._replace(high=max(grown, min(low + 2, high))))
 
 
 class TaskTrainer(Trainer):
@@ -56,11 +57,11 @@ class TaskTrainer(Trainer):
                 self.train_step()
             for sizes in self.task.test:
                 self.sizes = sizes
-                shares.append(self.evaluate(TEST_STEPS)["dev_value"])
+                shares.append(self.evaluate(TEST_SEQUENCES // self.config.lanes)["dev_value"])
         return shares
 
     def _train_lanes(self) -> Lanes:
-        return TaskLanes(self.task, self.task.train, self, self.config.seed)
+        return TaskLanes(self.task, self.task.train, self, self.config.seed, self.task.grows)
 
     def _dev_lanes(self) -> Lanes:
         return TaskLanes(self.task, self.sizes, self, 777)
@@ -74,6 +75,7 @@ class Study:
     tasks: Mapping[str, Task]
     models: Mapping[str, tuple[str, dict[str, Any]]]
     tokens: int
+    lanes: int
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         """Options of the command."""
@@ -92,12 +94,13 @@ class Study:
     def _row(self, name: str, model: str, args: argparse.Namespace) -> dict[str, Any]:
         task, (family, fields) = self.tasks[name], self.models[model]
         config = TrainConfig(
-            family, {**SHAPE, **fields}, tokens=args.tokens, lanes=LANES, length=task.length, lr_other=0.01, warmup=10,
-            bf16=False, seed=args.seed,
+            family, {**SHAPE, **fields}, tokens=args.tokens, lanes=self.lanes, length=task.train.length,
+            lr_other=0.01, warmup=10, curriculum=0.5, bf16=False, seed=args.seed,
         )  # fmt: skip
         shares = TaskTrainer(task, config).fit()
         guess = _guess(task, random.Random(1))
-        return {"task": name, "model": model, "sizes": list(task.test), "right": shares, "majority": guess}
+        sizes = [(s.low, s.high) for s in task.test]
+        return {"task": name, "model": model, "sizes": sizes, "right": shares, "majority": guess}
 
 
 def _guess(task: Task, rng: random.Random, draws: int = 500) -> float:

@@ -1,14 +1,14 @@
 """Synthetic tasks that a model is trained on: after MAD (2403.17844) and formal languages (2207.02098).
 
-A task draws one sequence of exactly `length` + 1 tokens, the answers weighted 3 and all else 0. Random tokens make
-copying from memory the only solution; formal languages make counting or one bit of state the only one.
+A task draws one sequence of a given length, the answers weighted 3 and all else 0. Random tokens make copying from
+memory the only solution; formal languages make counting or one bit of state the only one.
 
     recall            keys and values, then every key again with its value to be said
     selective-copy    few tokens scattered in noise, to be repeated in order
     compression       random tokens are read, then said again for shuffled places (MAD's task has a decoder instead)
     parity            a string of 0 and 1: is the number of ones even?
     (aa)*             a^n: is it in (aa)*?
-    anbn              a^n b^m: is n = m?
+    anbn              a^n b^m: is n = m? Words of both answers are as long; half of the wrong ones miss by one letter
 """
 
 from __future__ import annotations
@@ -22,26 +22,34 @@ import numpy as np
 from nested_runtime.train.data import Session
 from nested_runtime.train.messages import Weights
 
-__all__ = ["FORMAL", "MAD", "VOCAB", "Task"]
+__all__ = ["FORMAL", "MAD", "VOCAB", "Sizes", "Task"]
 
 VOCAB = 64
 PAD, ASK, NO, YES, A, B = 0, 1, 2, 3, 4, 5
 FIRST = 8  # of the random tokens
 
 
+class Sizes(NamedTuple):
+    """Sizes from `low` to `high`, in sequences of `length` tokens and one that is only predicted."""
+
+    low: int
+    high: int
+    length: int
+
+
 class Task(NamedTuple):
-    """draw(rng, size) -> tokens and the positions of answers; `size` grows with difficulty. `test`: sizes judged on."""
+    """draw(rng, size) -> tokens and the positions of answers; `size` grows with difficulty."""
 
     draw: Callable[[random.Random, int], tuple[list[int], list[int]]]
-    length: int
-    train: tuple[int, int]  # sizes drawn in training
-    test: tuple[tuple[int, int], ...]  # ranges of sizes
+    train: Sizes
+    test: tuple[Sizes, ...]
+    grows: bool = False  # training begins with small sizes
 
-    def session(self, rng: random.Random, sizes: tuple[int, int]) -> Session:
+    def session(self, rng: random.Random, sizes: Sizes) -> Session:
         """One sequence, padded in front."""
-        tokens, answers = self.draw(rng, rng.randint(*sizes))
-        front = self.length + 1 - len(tokens)
-        weights = np.zeros(self.length + 1, dtype=np.float32)
+        tokens, answers = self.draw(rng, rng.randint(sizes.low, sizes.high))
+        front = sizes.length + 1 - len(tokens)
+        weights = np.zeros(sizes.length + 1, dtype=np.float32)
         weights[[front + at for at in answers]] = Weights.value
         return Session(np.array([PAD] * front + tokens, dtype=np.uint16), weights)
 
@@ -93,19 +101,23 @@ def _aa(rng: random.Random, size: int) -> tuple[list[int], list[int]]:
 
 
 def _anbn(rng: random.Random, size: int) -> tuple[list[int], list[int]]:
-    """Half of the words are in the language; the others miss it by one or more."""
-    n = max(1, size // 2)
-    m = n if rng.random() < 0.5 else rng.choice([i for i in range(1, 2 * n + 2) if i != n])
-    return _verdict([A] * n + [B] * m, m == n)
+    """Half of the words are in the language; of the others half miss it by one letter."""
+    half = max(1, size // 2)
+    n, accepted = half, rng.random() < 0.5
+    if not accepted:
+        near = rng.random() < 0.5
+        n = rng.choice((half - 1, half + 1) if near else [i for i in range(2 * half + 1) if i != half])
+    return _verdict([A] * n + [B] * (2 * half - n), accepted)
+
+
+def _formal(draw: Callable[[random.Random, int], tuple[list[int], list[int]]]) -> Task:
+    """Trained on words of up to 20 letters, judged on words of up to four times as many."""
+    return Task(draw, Sizes(1, 20, 24), (Sizes(1, 20, 24), Sizes(21, 40, 48), Sizes(41, 80, 88)), grows=True)
 
 
 MAD: Mapping[str, Task] = {
-    "recall": Task(_recall, 64, (2, 16), ((2, 8), (9, 16))),
-    "selective-copy": Task(_selective_copy, 64, (2, 15), ((2, 8), (9, 15))),
-    "compression": Task(_compression, 64, (2, 20), ((2, 10), (11, 20))),
+    "recall": Task(_recall, Sizes(2, 16, 64), (Sizes(2, 8, 64), Sizes(9, 16, 64))),
+    "selective-copy": Task(_selective_copy, Sizes(2, 15, 64), (Sizes(2, 8, 64), Sizes(9, 15, 64))),
+    "compression": Task(_compression, Sizes(2, 20, 64), (Sizes(2, 10, 64), Sizes(11, 20, 64))),
 }
-FORMAL: Mapping[str, Task] = {
-    "parity": Task(_parity, 64, (1, 20), ((1, 20), (21, 40))),
-    "(aa)*": Task(_aa, 64, (1, 20), ((1, 20), (21, 40))),
-    "anbn": Task(_anbn, 64, (2, 20), ((2, 20), (21, 40))),
-}
+FORMAL: Mapping[str, Task] = {"parity": _formal(_parity), "(aa)*": _formal(_aa), "anbn": _formal(_anbn)}

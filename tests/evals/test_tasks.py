@@ -15,6 +15,7 @@ from nested_runtime.evals.tasks import ASK, FORMAL, MAD, NO, PAD, VOCAB, YES, A,
 from nested_runtime.train.trainer import TrainConfig
 
 TASKS = {**MAD, **FORMAL}
+SHAPE = {"vocab_size": VOCAB, "dim": 16, "blocks": 1, "heads": 2, "head_dim": 8}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -23,7 +24,7 @@ def test_sequences_are_as_long_as_said_and_hold_answers(name: str) -> None:
     for sizes in (task.train, *task.test):
         for seed in range(30):
             session = task.session(random.Random(seed), sizes)
-            assert len(session.tokens) == len(session.weights) == task.length + 1
+            assert len(session.tokens) == len(session.weights) == sizes.length + 1
             assert session.tokens.max() < VOCAB
             assert (session.weights > 0).any()
             assert session.weights[0] == 0
@@ -47,6 +48,26 @@ def test_verdicts_are_true(size: int) -> None:
             assert tokens[at] == (YES if is_in(tokens[: at - 1]) else NO)
             seen.add((name, tokens[at]))
     assert {("parity", YES), ("parity", NO), ("anbn", YES), ("anbn", NO)} <= seen
+
+
+def test_only_counting_tells_words_of_anbn() -> None:
+    """Words of both answers are as long, and often one letter apart."""
+    words = [draw(FORMAL["anbn"], seed, 12)[0] for seed in range(60)]
+    assert {len(word) for word in words} == {14}
+    assert {word.count(A) for word in words if word[-1] == YES} == {6}
+    assert {5, 7} < {word.count(A) for word in words if word[-1] == NO}
+
+
+def test_words_grow_while_a_model_is_trained() -> None:
+    task = FORMAL["parity"]
+    config = TrainConfig("delta", SHAPE, tokens=10_000, lanes=16, length=task.train.length, bf16=False)
+    lanes = TaskTrainer(task, config).lanes
+    longest = []
+    for lanes.progress in (0.0, 0.5, 1.0):
+        for _ in range(20):
+            tokens = lanes.next().tokens
+        longest.append(((tokens == A) | (tokens == B)).sum(1).max())
+    assert longest[0] <= task.train.low + 2 < longest[1] <= 11 < longest[2] <= task.train.high
 
 
 @pytest.mark.parametrize("size", [2, 8, 15])
@@ -75,8 +96,8 @@ def test_mad_prints_every_model(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_the_models_of_a_study_can_be_built(study: object) -> None:
     for family, fields in study.models.values():  # type: ignore[attr-defined]
         for task in study.tasks.values():  # type: ignore[attr-defined]
-            shape = {"vocab_size": VOCAB, "dim": 16, "blocks": 1, "heads": 2, "head_dim": 8, **fields}
-            TrainConfig(family, shape, length=task.length).build()
+            for sizes in (task.train, *task.test):
+                TrainConfig(family, {**SHAPE, **fields}, length=sizes.length).build()
 
 
 def test_a_memory_learns_recall() -> None:
@@ -84,6 +105,6 @@ def test_a_memory_learns_recall() -> None:
     shape = {"vocab_size": VOCAB, "dim": 48, "blocks": 2, "heads": 2, "head_dim": 24, "mlp_ratio": 2}
     task = MAD["recall"]
     config = TrainConfig(
-        "delta", shape, tokens=100_000, lanes=16, length=task.length, lr_other=0.01, warmup=10, bf16=False
+        "delta", shape, tokens=100_000, lanes=16, length=task.train.length, lr_other=0.01, warmup=10, bf16=False
     )
     assert TaskTrainer(task, config).fit()[0] > 0.5
