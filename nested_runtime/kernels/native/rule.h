@@ -20,18 +20,37 @@ struct Rule {
     INLINE int mem() const { return 2 * dim + 2; }
 };
 
+// Memory that is read a few microseconds later, asked for in even portions while something else is computed.
+class Ahead {
+    struct Range {
+        const char *at, *end;
+    } ranges[3] = {};
+    int count = 0, portion = 0;
+
+  public:
+    static constexpr int PORTIONS = 20;
+
+    template <class T>
+    INLINE void add(const T *p, size_t size) {
+        ranges[count++] = {reinterpret_cast<const char *>(p), reinterpret_cast<const char *>(p + size)};
+        portion += int(size * sizeof(T) / 64 / PORTIONS) + 1;
+    }
+
+    INLINE void fetch() {
+        for (int i = 0; i < portion && count;) {
+            Range &range = ranges[count - 1];
+            for (; i < portion && range.at < range.end; range.at += 64, i++) __builtin_prefetch(range.at, 0, 2);
+            count -= range.at >= range.end;
+        }
+    }
+};
+
 template <class T>
 struct Head {
     T *anchor, *tail_k, *tail_d, *tail_g;  // X_0 [R, K], [C, K], [C, R], [C]
     const T *start, *rates;                // B [R, K], r [R]
-    const T *next;                         // the anchor that will be read after this one, to be fetched meanwhile
+    Ahead *ahead;                          // what will be read after this head
 };
-
-// Ask for memory that is read a few microseconds later.
-template <class T>
-INLINE void fetch(const T *p, int count) {
-    for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
-}
 
 // Scratch for the tokens of one chunk. Rows are padded, so that whole vectors may be stored.
 template <class T>
@@ -77,23 +96,17 @@ INLINE Vec<T> piece(const T *x, const T *b, int count) {
 template <class T, Of OF>
 INLINE Vec<T> products(const T *x, const T *b, int rows, int dim, const T *w) {
     constexpr int V = LANES<T>;
-    Vec<T> part[V];
-    auto row = [&](int r) {
-        Vec<T> s = {};
+    auto row = [&](int r) INLINED {
+        Several<T, 1> s = {};
         for (int c = 0; c < dim; c += V) {
-            s = fma<T>(piece<T, OF>(x + size_t(r) * dim + c, b + size_t(r) * dim + c, dim - c),
-                       load_some(w + c, dim - c), s);
+            s.v[0] = fma<T>(piece<T, OF>(x + size_t(r) * dim + c, b + size_t(r) * dim + c, dim - c),
+                            load_some(w + c, dim - c), s.v[0]);
         }
-        part[r] = s;
+        return s;
     };
-    if (rows >= V && dim == 64) {
-        dim = 64;  // known to the compiler
-        for (int r = 0; r < V; r++) row(r);
-    } else {
-        for (int r = 0; r < V; r++) part[r] = Vec<T>{};
-        for (int r = 0; r < (rows < V ? rows : V); r++) row(r);
-    }
-    return sums<T>(part);
+    if (dim != 64) return sums_of<T, 1>(rows, row).v[0];
+    dim = 64;  // known to the compiler
+    return sums_of<T, 1>(rows, row).v[0];
 }
 
 template <class T>
@@ -171,6 +184,7 @@ void multiply(const Head<T> &head, int begin, int end, int dim, const T *w, int 
             const Vec<T> s = products<T, Of::BOTH>(head.anchor + at, head.start + at, end - r, dim, w + size_t(j) * stride);
             store(y + size_t(j) * work.tall + r, s);
         }
+        head.ahead->fetch();
     }
 }
 
@@ -221,33 +235,26 @@ void generate(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T> &h
 template <class T, bool MEM, bool WHOLE, int DIM>
 INLINE void look_block(int some_dim, int rows, const T *x, const T *b, const T *u, const T *k, const T *q, T *error,
                        T *seen, T *read, T *base) {
-    constexpr int V = LANES<T>;
+    constexpr int V = LANES<T>, N = MEM ? 4 : 2;
     const int dim = DIM ? DIM : some_dim;
-    Vec<T> errors[V], seens[V], reads[V], bases[V];
-    auto row = [&](int j) {
-        Vec<T> s_error = {}, s_seen = {}, s_read = {}, s_base = {};
+    auto row = [&](int j) INLINED {
+        Several<T, N> s = {};
         for (int c = 0; c < dim; c += V) {
             const Vec<T> b_c = load_some(b + j * dim + c, dim - c), x_c = load_some(x + j * dim + c, dim - c);
             const Vec<T> m = x_c + b_c, acted = WHOLE ? m : x_c;
-            s_error = fma<T>(m, load_some(u + c, dim - c), s_error);
-            s_seen = fma<T>(acted, load_some(k + c, dim - c), s_seen);
-            if (MEM) s_read = fma<T>(acted, load_some(q + c, dim - c), s_read);
-            if (MEM && !WHOLE) s_base = fma<T>(b_c, load_some(q + c, dim - c), s_base);
+            s.v[0] = fma<T>(m, load_some(u + c, dim - c), s.v[0]);
+            s.v[1] = fma<T>(acted, load_some(k + c, dim - c), s.v[1]);
+            if constexpr (MEM) s.v[2] = fma<T>(acted, load_some(q + c, dim - c), s.v[2]);
+            if constexpr (MEM && !WHOLE) s.v[3] = fma<T>(b_c, load_some(q + c, dim - c), s.v[3]);
         }
-        errors[j] = s_error, seens[j] = s_seen;
-        if (MEM) reads[j] = s_read, bases[j] = s_base;
+        return s;
     };
-    if (rows >= V) {
-        for (int j = 0; j < V; j++) row(j);
-    } else {
-        for (int j = 0; j < V; j++) errors[j] = seens[j] = reads[j] = bases[j] = Vec<T>{};
-        for (int j = 0; j < rows; j++) row(j);
-    }
-    store(error, sums<T>(errors));
-    store(seen, sums<T>(seens));
-    if (MEM) {
-        store(read, sums<T>(reads));
-        store(base, sums<T>(bases));
+    const Several<T, N> s = sums_of<T, N>(rows, row);
+    store(error, s.v[0]);
+    store(seen, s.v[1]);
+    if constexpr (MEM) {
+        store(read, s.v[2]);
+        store(base, s.v[3]);
     }
 }
 
@@ -261,7 +268,7 @@ void look_few(const Rule &rule, int begin, int end, int done, const Head<T> &hea
         for (int r = 0; r < rows;) {
             const size_t at = size_t(r) * dim;
             const T *x = head.anchor + at, *b = head.start + at;
-            if (head.next && i == 0) fetch(head.next + at, std::min(LANES<T>, rows - r) * dim);
+            head.ahead->fetch();
             if (r < mem) {
                 look_block<T, false, WHOLE, DIM>(dim, mem - r, x, b, u, k, q, error + r, seen + r, read, base);
                 r = std::min(mem, r + LANES<T>);
@@ -434,8 +441,6 @@ void fold(const Rule &rule, Head<T> &head, Work<T> &work) {
 template <class T>
 void read_chunk(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T> head, Work<T> &work, T *out,
                 size_t out_stride) {
-    fetch(head.tail_k, done * rule.dim);
-    fetch(head.tail_d, done * rule.rows());
     generate(rule, in, n, done, head, work);
     look(rule, n, done, head, work);
     for (int i = 0; i < n; i++) substitute(rule, i, done + i, head, work, out + i * out_stride);

@@ -66,6 +66,15 @@ static Head<T> head_of(const Rule &rule, int heads, const Memory<T> &m, int slot
             m.tail_g + at * chunk,       m.base + h * rows * dim,     m.rates + h * rows,   nullptr};
 }
 
+template <class T>
+static Ahead ahead_of(const Rule &rule, const Head<T> &next, int done) {
+    Ahead ahead;
+    ahead.add(next.tail_d, size_t(done) * rule.rows());
+    ahead.add(next.tail_k, size_t(done) * rule.dim);
+    ahead.add(next.anchor, size_t(rule.rows()) * rule.dim);  // the first that is asked for
+    return ahead;
+}
+
 // streams [.., 3, H, K], gates [.., 2, H] -> reads [.., H, K], all from row `first` of the batch on.
 template <class T>
 static void read_all(const Rule &rule, int heads, const Memory<T> &memory, const Piece *piece, int count, int first,
@@ -85,11 +94,13 @@ static void read_all(const Rule &rule, int heads, const Memory<T> &memory, const
             const Inputs<T> in{x, x + inner, x + 2 * inner, stride, gate, gate + heads, gate_stride,
                                memory.gate_bias[h], memory.gate_bias[heads + h]};
             Head<T> head = head_of(rule, heads, memory, p.slot, h);
+            Ahead ahead;
             if (h + 1 < heads) {
-                head.next = head.anchor + size_t(rule.rows()) * rule.dim;
+                ahead = ahead_of(rule, head_of(rule, heads, memory, p.slot, h + 1), p.done);
             } else if (i + 1 < count) {
-                head.next = memory.anchor + size_t(piece[i + 1].slot) * heads * rule.rows() * rule.dim;
+                ahead = ahead_of(rule, head_of(rule, heads, memory, piece[i + 1].slot, 0), piece[i + 1].done);
             }
+            head.ahead = &ahead;
             read_chunk(rule, in, p.count, p.done, head, work, to + k, inner);
         }
     }

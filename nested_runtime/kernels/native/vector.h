@@ -16,6 +16,7 @@ constexpr int BYTES = 32;
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 template <class T>
 struct Vector {
@@ -159,22 +160,45 @@ INLINE Vec<T> halves(Vec<T> a, Vec<T> b, bool upper) {
     return __builtin_shuffle(a, b, mask);
 }
 
-template <class T, int WIDTH = LANES<T>>
-INLINE void fold_lanes(Vec<T> *v) {
-    if constexpr (WIDTH > 1) {
-        constexpr int HALF = WIDTH / 2;
-        for (int i = 0; i < HALF; i++) {
-            v[i] = halves<T, WIDTH>(v[i], v[i + HALF], false) + halves<T, WIDTH>(v[i], v[i + HALF], true);
+// N vectors of one row, or of V rows folded into one.
+template <class T, int N>
+struct Several {
+    Vec<T> v[N];
+};
+
+// Rows r to r + 2 V / WIDTH - 1, folded. Rows are asked for when they can be folded, so that few are held at a time.
+template <class T, int N, int WIDTH, class Row>
+INLINE Several<T, N> folded(const Row &row, int r) {
+    if constexpr (WIDTH > LANES<T>) {
+        return row(r);
+    } else {
+        Several<T, N> a = folded<T, N, 2 * WIDTH>(row, r);
+        const Several<T, N> b = folded<T, N, 2 * WIDTH>(row, r + LANES<T> / WIDTH);
+        for (int n = 0; n < N; n++) {
+            a.v[n] = halves<T, WIDTH>(a.v[n], b.v[n], false) + halves<T, WIDTH>(a.v[n], b.v[n], true);
         }
-        fold_lanes<T, HALF>(v);
+        return a;
     }
 }
 
-// Lane r of the result is the sum of the lanes of v[r]; v [V] is overwritten.
-template <class T>
-INLINE Vec<T> sums(Vec<T> *v) {
-    fold_lanes<T>(v);
-    return v[0];
+// Lane r of vector n of the result is the sum of the lanes of vector n of row(r), for rows 0 to V - 1.
+template <class T, int N, class Row>
+INLINE Several<T, N> sums(const Row &row) {
+    constexpr int V = LANES<T>;
+    typename Index<T>::type order = {};  // folding leaves row r where its bits stand in reverse
+    for (int r = 0; r < V; r++) {
+        for (int bit = 1; bit < V; bit *= 2) order[r] |= r & bit ? V / 2 / bit : 0;
+    }
+    Several<T, N> s = folded<T, N, 2>(row, 0);
+    for (int n = 0; n < N; n++) s.v[n] = __builtin_shuffle(s.v[n], order);
+    return s;
+}
+
+// The same of `count` rows; the sums of those that are missing are zero.
+template <class T, int N, class Row>
+INLINE Several<T, N> sums_of(int count, const Row &row) {
+    if (count >= LANES<T>) return sums<T, N>(row);
+    return sums<T, N>([&](int r) INLINED { return r < count ? row(r) : Several<T, N>{}; });
 }
 
 template <class T>
