@@ -58,12 +58,12 @@ class Runner:
         self.model = model
         self.pool = pool
         self.device = pool.device
-        pin = self.device.type == "cuda"
-        self._token_ids = torch.zeros(max_tokens, dtype=torch.int64, pin_memory=pin)
-        self._cu_seqlens = torch.zeros(max_sequences + 1, dtype=torch.int32, pin_memory=pin)
-        self._slots = torch.zeros(max_sequences, dtype=torch.int32, pin_memory=pin)
-        self._positions = torch.zeros(max_sequences, dtype=torch.int64, pin_memory=pin)
-        if graphs is None and pin and model.is_capturable and packed_kernels("cuda", torch.float32) is not None:
+        self._token_ids = _Buffer(max_tokens, torch.int64, self.device)
+        self._cu_seqlens = _Buffer(max_sequences + 1, torch.int32, self.device)
+        self._slots = _Buffer(max_sequences, torch.int32, self.device)
+        self._positions = _Buffer(max_sequences, torch.int64, self.device)
+        is_cuda = self.device.type == "cuda"
+        if graphs is None and is_cuda and model.is_capturable and packed_kernels("cuda", torch.float32) is not None:
             graphs = DecodeGraphs(lambda batch: model(batch, pool.tensors), max_sequences, self.device)
         self.graphs = graphs
 
@@ -77,7 +77,9 @@ class Runner:
             hidden = self.model(batch, self.pool.tensors)
         logits = self._logits(hidden, spans)
         num_rows = [len(span.rows) for span in spans]
-        bad = {*_bad(hidden, [len(span.tokens) for span in spans]), *_bad(logits, num_rows)}
+        bad = set(_bad(logits, num_rows))
+        if len(logits) < len(hidden):  # a state that is not finite shows in every logit: look where there are none
+            bad.update(_bad(hidden, [len(span.tokens) for span in spans]))
         return StepOutput(_pieces(logits, num_rows), bad)
 
     def _logits(self, hidden: torch.Tensor, spans: list[Span]) -> torch.Tensor:
@@ -95,21 +97,30 @@ class Runner:
 
     def _pack(self, spans: list[Span]) -> Batch:
         tokens = [token for span in spans for token in span.tokens]
-        ends = [0]
-        for span in spans:
-            ends.append(ends[-1] + len(span.tokens))
+        slots, lengths = [span.slot for span in spans], [len(span.tokens) for span in spans]
+        ends = list(accumulate(lengths, initial=0))
         return Batch(
-            token_ids=self._fill(self._token_ids, tokens),
-            cu_seqlens=self._fill(self._cu_seqlens, ends),
-            slots=self._fill(self._slots, [span.slot for span in spans]),
-            positions=self._fill(self._positions, [span.position for span in spans]),
-            kv=self.pool.extend([span.slot for span in spans], [len(span.tokens) for span in spans]),
-            longest=max((len(span.tokens) for span in spans), default=0),
+            token_ids=self._token_ids.fill(tokens),
+            cu_seqlens=self._cu_seqlens.fill(ends),
+            slots=self._slots.fill(slots),
+            positions=self._positions.fill([span.position for span in spans]),
+            kv=self.pool.extend(slots, lengths),
+            longest=max(lengths, default=0),
         )
 
-    def _fill(self, buffer: torch.Tensor, values: list[int]) -> torch.Tensor:
-        view = buffer[: len(values)]
-        view.numpy()[:] = values
+
+class _Buffer:
+    """Host memory that lists of integers are written to at every step, pinned where the device is another."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        self.tensor = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
+        self.array = self.tensor.numpy()
+
+    def fill(self, values: list[int]) -> torch.Tensor:
+        """The values on the device; valid until the next call."""
+        self.array[: len(values)] = values
+        view = self.tensor[: len(values)]
         return view if self.device.type == "cpu" else view.to(self.device, non_blocking=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Fused", "Packed"]
 
 
-_VERSION, _ADDRESS = attrgetter("_version"), methodcaller("data_ptr")  # of forty parameters, every step
+_VERSION = attrgetter("_version")
 
 
 class Packed(NamedTuple):
@@ -34,6 +34,7 @@ class Fused:
 
     def __init__(self) -> None:
         self._parameters: list[nn.Parameter] = []
+        self._addresses: list[Callable[[], int]] = []
         self._stamp: object = None
         self._packed: Packed | None = None
 
@@ -47,9 +48,11 @@ class Fused:
         """
         if torch.is_grad_enabled():
             return None
-        self._parameters = self._parameters or list(model.parameters())
-        versions = () if self._parameters[0].is_inference() else tuple(map(_VERSION, self._parameters))
-        stamp = (versions, tuple(map(_ADDRESS, self._parameters)))
+        if not self._parameters:
+            self._parameters = list(model.parameters())
+            self._addresses = [parameter.data_ptr for parameter in self._parameters]
+        versions = 0 if self._parameters[0].is_inference() else sum(map(_VERSION, self._parameters))  # none ever falls
+        stamp = (versions, [address() for address in self._addresses])
         if stamp != self._stamp:
             self._packed, self._stamp = make(), stamp
         return self._packed
