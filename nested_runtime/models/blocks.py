@@ -92,12 +92,11 @@ class BlockModel(LeveledModel):
     def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
         """See `LanguageModel.forward`; one call of compiled code where there is one for these blocks."""
         packed = self._packed() if self.adaptation is None else None
-        return (
-            super().forward(batch, pool) if packed is None else packed.stack(self.enter(batch.token_ids), batch, pool)
-        )
+        return super().forward(batch, pool) if packed is None else packed.stack(batch, pool)
 
-    def _packed(self) -> Packed | None:
-        return self._fused.get(self, lambda: pack(self.blocks, self.embed, self.norm))
+    def _packed(self, *, moved: bool = True) -> Packed | None:
+        scale = self.embed.shape[1] ** 0.5
+        return self._fused.get(self, lambda: pack(self.blocks, self.embed, scale, self.norm), moved=moved)
 
     def enter(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings scaled by sqrt(D), so that tied weights serve the stream (rms near 1) and the logits (small)."""
@@ -110,7 +109,7 @@ class BlockModel(LeveledModel):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel.logits`."""
-        packed = self._packed()
-        if packed is not None and hidden.dtype == self.embed.dtype:
+        packed = self._packed(moved=False)
+        if packed is not None and packed.unembed.takes(hidden):
             return packed.unembed(hidden)
         return linear(hidden, self.embed).float() if hidden.dtype != torch.float64 else linear(hidden, self.embed)

@@ -35,30 +35,34 @@ class Fused:
     def __init__(self) -> None:
         self._parameters: list[nn.Parameter] = []
         self._addresses: list[Callable[[], int]] = []
-        self._stamp: object = None
+        self._stamp: tuple[int, list[int]] | None = None
         self._packed: Packed | None = None
 
     def __reduce__(self) -> tuple[type[Fused], tuple[()]]:
         return Fused, ()
 
-    def get(self, model: nn.Module, make: Callable[[], Packed | None]) -> Packed | None:
+    def get(self, model: nn.Module, make: Callable[[], Packed | None], *, moved: bool = True) -> Packed | None:
         """What `make` made of the model's parameters as they are; None where it cannot, or while autograd records.
 
-        Writing to a parameter's `.data` is not noticed, as by autograd.
+        Writing to a parameter's `.data` is not noticed, as by autograd; nor is, unless `moved`, that a module has gone
+        to another type or device since the last call.
         """
         if torch.is_grad_enabled():
             return None
         if not self._parameters:
             self._parameters = list(model.parameters())
-            self._addresses = [parameter.data_ptr for parameter in self._parameters]
+            firsts = [next(module.parameters(recurse=False), None) for module in model.modules()]
+            self._addresses = [first.data_ptr for first in firsts if first is not None]  # a module moves as a whole
         versions = 0 if self._parameters[0].is_inference() else sum(map(_VERSION, self._parameters))  # none ever falls
+        if not moved and self._stamp is not None and versions == self._stamp[0]:
+            return self._packed
         stamp = (versions, [address() for address in self._addresses])
         if stamp != self._stamp:
             self._packed, self._stamp = make(), stamp
         return self._packed
 
 
-def pack(blocks: Iterable[nn.Module], embed: torch.Tensor, last_norm: torch.Tensor) -> Packed | None:
+def pack(blocks: Iterable[nn.Module], embed: torch.Tensor, scale: float, last_norm: torch.Tensor) -> Packed | None:
     """Pack a `BlockModel`'s blocks and embeddings; None unless the C++ kernels serve them. Levels are left out."""
     stack = [cast("Block", block) for block in blocks]
     rule, types = stack[0].memory, {type(block.memory) for block in stack}
@@ -72,7 +76,7 @@ def pack(blocks: Iterable[nn.Module], embed: torch.Tensor, last_norm: torch.Tens
     from nested_runtime.kernels.native.stack import Linear, Stack
 
     weights = [_weights(f"blocks.{i}.memory", block) for i, block in enumerate(stack)]
-    return Packed(Stack(weights, rule.heads, rule.head_dim, rule.options, last_norm), Linear(embed))
+    return Packed(Stack(weights, rule.heads, rule.head_dim, rule.options, embed, scale, last_norm), Linear(embed))
 
 
 def _weights(name: str, block: Block) -> BlockWeights:

@@ -82,7 +82,7 @@ def test_the_stack_equals_the_blocks_one_by_one(
     schedule = [[(0, 70), (2, 1)], [(2, 40), (1, 89), (0, 1)], [(0, 1), (2, 1), (1, 1)], [(2, 48), (0, 18)]]
     found, pool = read(model, texts, schedule)
     assert model._fused._packed is not None
-    monkeypatch.setattr(Fused, "get", lambda self, model, make: None)
+    monkeypatch.setattr(Fused, "get", lambda self, model, make, **_: None)
     monkeypatch.setattr("nested_runtime.memory.self_modifying.packed_kernels", lambda *_: None)
     expected, expected_pool = read(model, texts, schedule)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
@@ -119,6 +119,24 @@ def test_weights_are_packed_again_when_they_change() -> None:
     assert packed_again(lambda model: model.blocks[1].cms.up[0].mul_(1.5))
     assert packed_again(lambda model: model.embed.mul_(1.5))
     assert packed_again(lambda model: (model.load_state_dict(other), None)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_follow_a_model_to_another_type(dtype: torch.dtype) -> None:
+    model, texts = build("tiny"), torch.zeros(SESSIONS, 3, dtype=torch.int64)
+    read(model, texts, [[(0, 3)], [(1, 3)], [(2, 3)]])
+    model.to(dtype)
+    hidden = torch.randn(2, model.embed.shape[1], dtype=dtype)
+    with torch.inference_mode():
+        found = model.logits(hidden)
+    torch.testing.assert_close(found, (hidden @ model.embed.T).to(found.dtype), rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_unknown_tokens_are_refused_before_anything_is_read(token: int) -> None:
+    model, texts = build("tiny"), torch.tensor([[1, 2, token]]).expand(SESSIONS, 3)
+    with pytest.raises(IndexError, match=f"token id {token} is not in 0..{VOCAB - 1}"):
+        read(model, texts, [[(0, 3)]])
 
 
 def test_a_model_that_was_served_can_be_copied() -> None:

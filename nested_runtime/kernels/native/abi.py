@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import CDLL, Structure, byref, c_int32, c_size_t, c_void_p
+from ctypes import CDLL, Structure, byref, c_double, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.kernels.native.compiler import library
 
-__all__ = ["Layer", "Memory", "Packed", "Rule", "Shape", "Weight", "address", "load", "packed", "rule_of"]
+__all__ = ["Layer", "Memory", "Packed", "Rule", "Shape", "Table", "Weight", "address", "load", "packed", "rule_of"]
 
 SCALARS = {torch.float32: "float", torch.float64: "double"}
 
@@ -24,6 +24,7 @@ def _structure(name: str, **fields: Any) -> Any:
 Rule = _structure("Rule", dim=c_int32, chunk=c_int32, token=c_int32, whole=c_int32)
 Shape = _structure("Shape", rule=Rule, dim=c_int32, heads=c_int32, width=c_int32, hidden=c_int32)
 Packed = _structure("Packed", slots=c_void_p, positions=c_void_p, ends=c_void_p, sequences=c_int32)
+Table = _structure("Table", rows=c_void_p, count=c_int64, scale=c_double)
 Weight = _structure("Weight", data=c_void_p, is_bf16=c_int32, outputs=c_int32, inputs=c_int32)
 Memory = _structure(
     "Memory", base=c_void_p, rates=c_void_p, gate_bias=c_void_p,
@@ -41,6 +42,7 @@ def load(dtype: torch.dtype) -> CDLL:
     if dtype not in SCALARS:
         raise ImportError(f"the C++ kernels know no memories of {dtype}")
     found = library(SCALARS[dtype])
+    found.stack.restype = c_int64
     for name in ("stack_scratch", "rule_scratch", "packed_size"):
         getattr(found, name).restype = c_size_t
     return found

@@ -20,6 +20,14 @@ struct Shape {
     INLINE int inner() const { return heads * rule.dim; }
 };
 
+// Embeddings E [V, D] in the stream's units: a token enters as scale E_token.
+template <class T>
+struct Table {
+    const T *rows;
+    int64_t count;
+    double scale;
+};
+
 // Sequences of a step, as core.Batch has them.
 struct Packed {
     const int32_t *slots;
@@ -210,14 +218,22 @@ static void run_linear(const Weight &weight, const T *x, int rows, int stride, T
 
 extern "C" {
 
-// Tokens x [T, D] through the layers in place, then the last norm.
-void stack(const Shape *shape, const Layer<SCALAR> *layers, int count, const Packed *packed, const SCALAR *last_norm,
-           SCALAR *x, SCALAR *scratch) {
-    run_stack(*shape, layers, count, *packed, x, scratch);
-    const int dim = shape->dim;
-    for (int t = 0; t < packed->ends[packed->sequences]; t++) {
-        normalise(x + size_t(t) * dim, last_norm, dim, x + size_t(t) * dim);
+// Tokens [T] through the layers and the last norm -> x [T, D]. Returns the place of a token that is not in the table,
+// before anything is read, else -1.
+int64_t stack(const Shape *shape, const Layer<SCALAR> *layers, int count, const Packed *packed,
+              const Table<SCALAR> *table, const int64_t *tokens, const SCALAR *last_norm, SCALAR *x, SCALAR *scratch) {
+    const int dim = shape->dim, total = packed->ends[packed->sequences];
+    const auto scale = SCALAR(table->scale);
+    for (int t = 0; t < total; t++) {
+        if (tokens[t] < 0 || tokens[t] >= table->count) return t;
     }
+    for (int t = 0; t < total; t++) {
+        const SCALAR *row = table->rows + tokens[t] * dim;
+        for (int c = 0; c < dim; c++) x[size_t(t) * dim + c] = row[c] * scale;
+    }
+    run_stack(*shape, layers, count, *packed, x, scratch);
+    for (int t = 0; t < total; t++) normalise(x + size_t(t) * dim, last_norm, dim, x + size_t(t) * dim);
+    return -1;
 }
 
 size_t stack_scratch(const Shape *shape) { return Scratch<SCALAR>::size(*shape); }

@@ -1,4 +1,4 @@
-"""A stack of HOPE blocks and a linear layer as the C++ kernels run them: weights packed once, scratch kept.
+"""Embeddings, a stack of HOPE blocks and a linear layer as the C++ kernels run them: packed once, scratch kept.
 
 Weights that bfloat16 holds exactly (a shipped checkpoint's) are kept in bfloat16, which halves what a decode step reads
 and changes no number; activations, sums and memories are those of the model's type.
@@ -48,7 +48,7 @@ class Linear:
     """y = W x, packed; a row's result does not depend on the rows beside it. `inputs` must be even."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.library = abi.load(weight.dtype)
+        self.library, self.dtype = abi.load(weight.dtype), weight.dtype
         self.outputs, self.inputs = weight.shape
         is_bf16 = weight.dtype == torch.float32 and bool((weight.bfloat16().float() == weight).all())
         size = self.library.packed_size(self.outputs, self.inputs)
@@ -59,6 +59,10 @@ class Linear:
         )
         self.field = abi.Weight(abi.address(self.panels), is_bf16, self.outputs, self.inputs)
 
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether x is of the weight's type and here; the model may have moved since it was packed."""
+        return x.dtype == self.dtype and x.device.type == "cpu"
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, inputs] -> [N, outputs]."""
         x = x.contiguous()
@@ -68,11 +72,15 @@ class Linear:
 
 
 class Stack:
-    """Blocks of one shape. heads, head_dim, options: of the rule; last_norm: weight of the norm behind the blocks."""
+    """Blocks of one shape behind their embeddings.
+
+    heads, head_dim, options: of the rule; embed [V, D] and what it is multiplied with; last_norm: weight of the norm
+    behind the blocks
+    """
 
     def __init__(
         self, blocks: Sequence[BlockWeights], heads: int, head_dim: int, options: RuleOptions,
-        last_norm: torch.Tensor,
+        embed: torch.Tensor, scale: float, last_norm: torch.Tensor,
     ) -> None:  # fmt: skip
         first = blocks[0]
         self.library = abi.load(first.w_in.dtype)
@@ -82,6 +90,7 @@ class Stack:
         rule = abi.rule_of(head_dim, options)
         self._shape = abi.Shape(rule, first.w_in.shape[1], heads, first.conv.shape[0], first.up.shape[0])
         self._layers = (abi.Layer * len(blocks))(*(self._layer(block, head_dim) for block in blocks))
+        self._table = abi.Table(self._keep(embed), embed.shape[0], scale)
         self._last_norm = c_void_p(self._keep(last_norm))
         size = self.library.stack_scratch(byref(self._shape))
         self._scratch = torch.empty(size, dtype=first.w_in.dtype)
@@ -100,16 +109,21 @@ class Stack:
             *(weight.field for weight in weights), *map(self._keep, norms), abi.Memory(*map(self._keep, memory))
         )
 
-    def __call__(self, x: torch.Tensor, batch: Batch, pool: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The stream x [T, D], overwritten with what it is behind the blocks; the pool is updated in place."""
+    def __call__(self, batch: Batch, pool: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The stream behind the blocks [T, D]; the pool is updated in place. IndexError: an unknown token."""
         found = [pool[name] for name in self.names]
         if list(map(id, found)) != list(map(id, self._found)):
             self._found = found
             for place, tensor in enumerate(found):
                 layer, field = divmod(place, len(FIELDS))
                 setattr(self._layers[layer].memory, FIELDS[field], abi.address(tensor))
-        self.library.stack(
-            byref(self._shape), self._layers, len(self._layers), abi.packed(batch), self._last_norm,
-            c_void_p(abi.address(x)), c_void_p(abi.address(self._scratch)),
+        tokens = batch.token_ids.long()
+        x = torch.empty(tokens.shape[0], self._shape.dim, dtype=self._scratch.dtype)
+        unknown = self.library.stack(
+            byref(self._shape), self._layers, len(self._layers), abi.packed(batch), byref(self._table),
+            c_void_p(abi.address(tokens)), self._last_norm, c_void_p(abi.address(x)),
+            c_void_p(abi.address(self._scratch)),
         )  # fmt: skip
+        if unknown >= 0:
+            raise IndexError(f"token id {int(tokens[unknown])} is not in 0..{self._table.count - 1}")
         return x
