@@ -6,5 +6,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _same_draws() -> None:
-    """Weights and inputs drawn in a test are the same whatever ran before it, on whatever worker."""
+    """What a test draws with torch is the same whatever ran before it, on whatever worker.
+
+    Fixtures of modules and sessions are made earlier: they seed themselves.
+    """
     torch.manual_seed(0)

@@ -110,7 +110,7 @@ class Runner:
 
 
 class _Buffer:
-    """Host memory that lists of integers are written to at every step, pinned where the device is another."""
+    """Host memory that lists of integers are written to at every step, pinned where they go to a GPU."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device

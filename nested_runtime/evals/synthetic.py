@@ -98,16 +98,16 @@ class Study:
             lr_other=0.01, warmup=10, curriculum=0.5, bf16=False, seed=args.seed,
         )  # fmt: skip
         shares = TaskTrainer(task, config).fit()
-        guess = _guess(task, random.Random(1))
+        guess = [_guess(task, sizes, random.Random(1)) for sizes in task.test]
         sizes = [(s.low, s.high) for s in task.test]
         return {"task": name, "model": model, "sizes": sizes, "right": shares, "majority": guess}
 
 
-def _guess(task: Task, rng: random.Random, draws: int = 500) -> float:
+def _guess(task: Task, sizes: Sizes, rng: random.Random, draws: int = 500) -> float:
     """What always giving the commonest answer would get."""
     counts: dict[int, int] = {}
     for _ in range(draws):
-        session = task.session(rng, task.train)
+        session = task.session(rng, sizes)
         for token in session.tokens[session.weights > 0].tolist():
             counts[token] = counts.get(token, 0) + 1
     return max(counts.values()) / sum(counts.values())
@@ -119,6 +119,6 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], models: Sequence[str])
         mine = [row for row in rows if row["task"] == name]
         for i, (low, high) in enumerate(mine[0]["sizes"]):
             lines.append(
-                (name, f"{low}-{high}", *(percent(row["right"][i]) for row in mine), percent(mine[0]["majority"]))
+                (name, f"{low}-{high}", *(percent(row["right"][i]) for row in mine), percent(mine[0]["majority"][i]))
             )
     return aligned(lines)

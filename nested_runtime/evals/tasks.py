@@ -8,7 +8,7 @@ memory the only solution; formal languages make counting or one bit of state the
     compression       random tokens are read, then said again for shuffled places (MAD's task has a decoder instead)
     parity            a string of 0 and 1: is the number of ones even?
     (aa)*             a^n: is it in (aa)*?
-    anbn              a^n b^m: is n = m? Words of both answers are as long; half of the wrong ones miss by one letter
+    anbn              a^n b^m: is n = m? Words of both answers are as long; most wrong ones miss by a letter
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _aa(rng: random.Random, size: int) -> tuple[list[int], list[int]]:
 
 
 def _anbn(rng: random.Random, size: int) -> tuple[list[int], list[int]]:
-    """Half of the words are in the language; of the others half miss it by one letter."""
-    half = max(1, size // 2)
+    """Half of the words are in the language; of the others at least half miss it by one letter."""
+    half = (size + 1) // 2
     n, accepted = half, rng.random() < 0.5
     if not accepted:
         near = rng.random() < 0.5

@@ -94,9 +94,9 @@ class BlockModel(LeveledModel):
         packed = self._packed() if self.adaptation is None else None
         return super().forward(batch, pool) if packed is None else packed.stack(batch, pool)
 
-    def _packed(self, *, moved: bool = True) -> Packed | None:
+    def _packed(self) -> Packed | None:
         scale = self.embed.shape[1] ** 0.5
-        return self._fused.get(self, lambda: pack(self.blocks, self.embed, scale, self.norm), moved=moved)
+        return self._fused.get(self, lambda: pack(self.blocks, self.embed, scale, self.norm))
 
     def enter(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings scaled by sqrt(D), so that tied weights serve the stream (rms near 1) and the logits (small)."""
@@ -109,7 +109,7 @@ class BlockModel(LeveledModel):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel.logits`."""
-        packed = self._packed(moved=False)
-        if packed is not None and packed.unembed.takes(hidden):
+        packed = self._packed()
+        if packed is not None and hidden.dtype == self.embed.dtype:
             return packed.unembed(hidden)
         return linear(hidden, self.embed).float() if hidden.dtype != torch.float64 else linear(hidden, self.embed)

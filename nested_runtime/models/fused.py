@@ -41,11 +41,10 @@ class Fused:
     def __reduce__(self) -> tuple[type[Fused], tuple[()]]:
         return Fused, ()
 
-    def get(self, model: nn.Module, make: Callable[[], Packed | None], *, moved: bool = True) -> Packed | None:
+    def get(self, model: nn.Module, make: Callable[[], Packed | None]) -> Packed | None:
         """What `make` made of the model's parameters as they are; None where it cannot, or while autograd records.
 
-        Writing to a parameter's `.data` is not noticed, as by autograd; nor is, unless `moved`, that a module has gone
-        to another type or device since the last call.
+        Writing to a parameter's `.data`, or putting another tensor there, is not noticed, as by autograd.
         """
         if torch.is_grad_enabled():
             return None
@@ -54,8 +53,6 @@ class Fused:
             firsts = [next(module.parameters(recurse=False), None) for module in model.modules()]
             self._addresses = [first.data_ptr for first in firsts if first is not None]  # a module moves as a whole
         versions = 0 if self._parameters[0].is_inference() else sum(map(_VERSION, self._parameters))  # none ever falls
-        if not moved and self._stamp is not None and versions == self._stamp[0]:
-            return self._packed
         stamp = (versions, [address() for address in self._addresses])
         if stamp != self._stamp:
             self._packed, self._stamp = make(), stamp

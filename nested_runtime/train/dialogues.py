@@ -20,6 +20,8 @@ from nested_runtime.train.variation import vary
 __all__ = ["Chat", "Dialogue", "DialogueSpec", "ExhaustedError", "Fact", "Message", "Probe", "Span", "Weights",
            "Writer", "compose", "copy_drill", "generate", "mentions", "relations", "stage"]  # fmt: skip
 
+SENTENCE = re.compile(r"(?:[^\s.!?]+ ){2,}[^\s.!?]+[.!](?= |$)")  # of three words or more
+TELLING = re.compile(r"\b(my|mine|our|name|I('m| am| have| live| work| like| love| was))\b|\b(Mr|Mrs|Ms|Dr|St)\.", re.I)
 OVERHEARD = 0.5  # share of the sentences around a fact that come from small talk, in training
 USUAL = 0.65  # share of the assistant's sentences that take its first way of saying it
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
@@ -197,7 +199,7 @@ class Writer:
         return vary(literals, self.rng) if self.split == "train" else literals
 
     def filler(self) -> str:
-        """A sentence that tells no fact, but may name things; in training often one of somebody's chat."""
+        """A sentence that tells no fact about the user, but may name things; in training often one of small talk."""
         for _ in range(20):
             text = self.overheard() if self.split == "train" and self.chance(OVERHEARD) else ""
             text = text or filler(self.values, self.rng)
@@ -207,12 +209,12 @@ class Writer:
         return "Anyway."
 
     def overheard(self) -> str:
-        """The first sentence of something a user said in small talk, or nothing where it has no end."""
+        """The first sentence of something a user said in small talk; nothing where it is no whole one, or may tell."""
         if not self.small_talk:
             return ""
         said, _ = self.rng.choice(self.rng.choice(self.small_talk))
-        end = re.match(r"[^.!?]+[.!?](?= |$)", said)
-        return end[0] if end else ""
+        found = SENTENCE.match(said)
+        return "" if found is None or TELLING.search(found[0]) else found[0]
 
     def among_others(self, text: str, after: int) -> str:
         """``text`` between sentences that tell nothing, at most ``after`` of them behind it."""

@@ -12,7 +12,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 
 from nested_runtime.train.keys import KEY_KINDS, VERB_KINDS
-from nested_runtime.train.values import SPLITS, Values, capital, lines, split_of, vowel_sound, words
+from nested_runtime.train.values import SPLITS, Values, capital, has_lines, lines, split_of, vowel_sound, words
 
 __all__ = [
     "Relation",
@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 Variation = Callable[[list[str]], list[str]]  # of the literal pieces of one sentence
-TRAIN_ONLY = frozenset({"ask_prefixes", "ask_suffixes", "ask_wrappers", "tell_prefixes", "tell_suffixes"})
 LISTS = ("tells", "asks", "acks", "answers", "corrections", "unknowns")
 USER_LISTS = ("tells", "asks", "corrections")
 PEOPLE = frozenset({"person", "name", "relative", "fullname"})
@@ -378,7 +377,7 @@ def filler(values: Values, rng: random.Random) -> str:
 def decorations(name: str, split: str) -> tuple[str, ...]:
     """The prefixes, suffixes or wrappers of one word file that belong to ``split``; training has more of its own."""
     found = by_split(lines(name))
-    if split != "train" or name not in TRAIN_ONLY:
+    if split != "train" or not has_lines(f"train_only/{name}"):
         return found[split]
     held_out = {normalised(text) for other in SPLITS if other != "train" for text in found[other]}
     more = [text for text in lines(f"train_only/{name}") if normalised(text) not in held_out]

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from importlib import resources
 
-__all__ = ["CLOSED", "SPLITS", "Values", "invent", "lines", "split_of", "vowel_sound", "words"]
+__all__ = ["CLOSED", "SPLITS", "Values", "has_lines", "invent", "lines", "split_of", "vowel_sound", "words"]
 
 SPLITS = ("train", "dev", "test")
 CLOSED = frozenset({"weekday", "month", "small_number"})
@@ -51,6 +51,11 @@ def lines(name: str) -> tuple[str, ...]:
     """The lines of a word file as they stand, spaces at the ends included."""
     text = resources.files("nested_runtime.train").joinpath("words", f"{name}.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.split("\n") if line)
+
+
+def has_lines(name: str) -> bool:
+    """Whether there is a word file of this name."""
+    return resources.files("nested_runtime.train").joinpath("words", f"{name}.txt").is_file()
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -121,22 +122,37 @@ def test_weights_are_packed_again_when_they_change() -> None:
     assert packed_again(lambda model: (model.load_state_dict(other), None)[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_logits_follow_a_model_to_another_type(dtype: torch.dtype) -> None:
+def test_logits_follow_a_model_to_another_type() -> None:
     model, texts = build("tiny"), torch.zeros(SESSIONS, 3, dtype=torch.int64)
+    model.embed.add_(1e-4 * torch.randn_like(model.embed))  # not what bfloat16 can hold
     read(model, texts, [[(0, 3)], [(1, 3)], [(2, 3)]])
-    model.to(dtype)
-    hidden = torch.randn(2, model.embed.shape[1], dtype=dtype)
-    with torch.inference_mode():
-        found = model.logits(hidden)
-    torch.testing.assert_close(found, (hidden @ model.embed.T).to(found.dtype), rtol=0.02, atol=1e-6)
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        hidden = torch.randn(2, model.embed.shape[1], dtype=dtype)
+        with torch.inference_mode():
+            found = model.logits(hidden)
+        tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found, (hidden @ model.embed.T).to(found.dtype), rtol=tolerance, atol=1e-6)
 
 
-@pytest.mark.parametrize("token", [-1, VOCAB])
-def test_unknown_tokens_are_refused_before_anything_is_read(token: int) -> None:
-    model, texts = build("tiny"), torch.tensor([[1, 2, token]]).expand(SESSIONS, 3)
-    with pytest.raises(IndexError, match=f"token id {token} is not in 0..{VOCAB - 1}"):
-        read(model, texts, [[(0, 3)]])
+@pytest.mark.parametrize(
+    ("token", "end", "error", "says"),
+    [
+        (-1, 5, IndexError, f"token id -1 is not in 0..{VOCAB - 1}"),
+        (VOCAB, 5, IndexError, f"token id {VOCAB} is not in 0..{VOCAB - 1}"),
+        (3, 6, ValueError, "cu_seqlens ends at 6, but there are 5 tokens"),
+        (3, 4, ValueError, "cu_seqlens ends at 4, but there are 5 tokens"),
+    ],
+)
+@torch.inference_mode()
+def test_a_step_that_is_refused_changes_nothing(token: int, end: int, error: type[Exception], says: str) -> None:
+    model = build("tiny")
+    pool = SlotPool(state_specs(model), SESSIONS).tensors
+    batch = Batch(torch.tensor([1, 2, 3, 4, token]), torch.tensor([0, 2, end], dtype=torch.int32),
+                  torch.tensor([1, 2], dtype=torch.int32), torch.tensor([0, 0]))  # fmt: skip
+    with pytest.raises(error, match=re.escape(says)):
+        model(batch, pool)
+    assert not any(tensor.any() for tensor in pool.values())
 
 
 def test_a_model_that_was_served_can_be_copied() -> None:

@@ -152,7 +152,7 @@ def test_a_lane_is_its_sessions_cut_up(corpus: Corpus, small_tokenizer: Tokenize
     assert (session.weights == Weights.value).any()
 
 
-def test_what_lies_between_facts_and_questions_is_idle(corpus: Corpus, small_tokenizer: Tokenizer) -> None:
+def test_all_but_tellings_and_answers_is_idle(corpus: Corpus, small_tokenizer: Tokenizer) -> None:
     """Chats, questions and denials are marked; nothing that anybody told, said back or answered."""
     mixture = replace(only("dialogue"), far=1.0, farthest=200)
     lanes = Lanes(corpus, small_tokenizer, 1, 32, 4, mixture, progress=1.0)

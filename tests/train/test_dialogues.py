@@ -84,6 +84,17 @@ def test_phrasings_of_the_user_belong_to_one_split() -> None:
             assert all(texts.values())
 
 
+@pytest.mark.parametrize("name", ["ask_prefixes", "ask_suffixes", "ask_wrappers", "tell_prefixes", "tell_suffixes"])
+def test_decorations_of_training_alone_are_nobody_elses(name: str) -> None:
+    own = {split: {phrasing.normalised(t) for t in phrasing.decorations(name, split)} for split in SPLITS}
+    assert not own["train"] & (own["dev"] | own["test"])
+    more = values.lines(f"train_only/{name}")
+    assert len(own["train"]) > len(more) > 50
+    kind = name.split("_")[1]
+    well_formed = {"prefixes": r"[^ ].* ", "suffixes": r" .*[.!?]", "wrappers": r"[^{}]*\{q\}[^{}]*"}[kind]
+    assert [text for text in more if not re.fullmatch(well_formed, text)] == []
+
+
 @given(SEEDS)
 @settings(max_examples=100, deadline=None)
 def test_values_belong_to_one_split(seed: int) -> None:
@@ -157,6 +168,29 @@ def test_small_talk_is_taken_from_the_chats_handed_in() -> None:
     texts = {m.content for seed in range(30) for m in
              dialogues.generate(random.Random(seed), "train", dialogues.stage(1), chats).messages}  # fmt: skip
     assert {"Nice day.", "It is."} <= texts
+
+
+def test_only_training_overhears_whole_sentences_that_tell_nothing() -> None:
+    heard = "The trains were late again."
+    said = [
+        f"{heard} Where are you?",
+        "I live in Oslo.",
+        "My dog is Rex.",
+        "Mr. Smith came by.",
+        "Oh!",
+        "Is it so late?",
+    ]
+
+    def everything(split: str) -> set[str]:
+        rng, out = random.Random(1), set[str]()
+        for _ in range(40):
+            writer = dialogues.Writer(rng, split, dialogues.stage(1), [[(text, "I see.")] for text in said])
+            out.update(writer.filler() for _ in range(8))
+        return out
+
+    assert heard in everything("train")
+    assert not everything("train") & {"I live in Oslo.", "My dog is Rex.", "Mr.", "Oh!", "Is it late?"}
+    assert heard not in everything("dev")
 
 
 @pytest.mark.parametrize(

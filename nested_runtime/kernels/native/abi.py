@@ -50,6 +50,8 @@ def load(dtype: torch.dtype) -> CDLL:
 
 def address(tensor: torch.Tensor) -> int:
     """Where the elements of a contiguous CPU tensor lie."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is on {tensor.device}, not on the CPU")
     if not tensor.is_contiguous():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")
     return tensor.data_ptr()

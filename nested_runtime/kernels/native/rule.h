@@ -27,9 +27,9 @@ class Ahead {
     } ranges[3] = {};
     int count = 0, portion = 0;
 
-  public:
-    static constexpr int PORTIONS = 20;
+    static constexpr int PORTIONS = 20;  // blocks of rows that one token of a head of 64 takes with 16 lanes: 22
 
+  public:
     template <class T>
     INLINE void add(const T *p, size_t size) {
         ranges[count++] = {reinterpret_cast<const char *>(p), reinterpret_cast<const char *>(p + size)};
@@ -235,7 +235,7 @@ void generate(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T> &h
 template <class T, bool MEM, bool WHOLE, int DIM>
 INLINE void look_block(int some_dim, int rows, const T *x, const T *b, const T *u, const T *k, const T *q, T *error,
                        T *seen, T *read, T *base) {
-    constexpr int V = LANES<T>, N = MEM ? 4 : 2;
+    constexpr int V = LANES<T>, N = MEM ? (WHOLE ? 3 : 4) : 2;
     const int dim = DIM ? DIM : some_dim;
     auto row = [&](int j) INLINED {
         Several<T, N> s = {};
@@ -254,7 +254,7 @@ INLINE void look_block(int some_dim, int rows, const T *x, const T *b, const T *
     store(seen, s.v[1]);
     if constexpr (MEM) {
         store(read, s.v[2]);
-        store(base, s.v[3]);
+        store(base, WHOLE ? Vec<T>{} : s.v[N - 1]);
     }
 }
 

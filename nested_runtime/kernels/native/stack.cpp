@@ -68,10 +68,10 @@ static std::vector<Piece> pieces_of(const Packed &packed, int chunk) {
 }
 
 template <class T>
-static Head<T> head_of(const Rule &rule, int heads, const Memory<T> &m, int slot, int h) {
+static Head<T> head_of(const Rule &rule, int heads, const Memory<T> &m, int slot, int h, Ahead *ahead = nullptr) {
     const size_t at = size_t(slot) * heads + h, rows = rule.rows(), dim = rule.dim, chunk = rule.chunk;
     return {m.anchor + at * rows * dim,  m.tail_k + at * chunk * dim, m.tail_d + at * chunk * rows,
-            m.tail_g + at * chunk,       m.base + h * rows * dim,     m.rates + h * rows,   nullptr};
+            m.tail_g + at * chunk,       m.base + h * rows * dim,     m.rates + h * rows,   ahead};
 }
 
 template <class T>
@@ -101,15 +101,13 @@ static void read_all(const Rule &rule, int heads, const Memory<T> &memory, const
             const T *x = streams + row * stride + k, *gate = gates + row * gate_stride + h;
             const Inputs<T> in{x, x + inner, x + 2 * inner, stride, gate, gate + heads, gate_stride,
                                memory.gate_bias[h], memory.gate_bias[heads + h]};
-            Head<T> head = head_of(rule, heads, memory, p.slot, h);
             Ahead ahead;
             if (h + 1 < heads) {
                 ahead = ahead_of(rule, head_of(rule, heads, memory, p.slot, h + 1), p.done);
             } else if (i + 1 < count) {
                 ahead = ahead_of(rule, head_of(rule, heads, memory, piece[i + 1].slot, 0), piece[i + 1].done);
             }
-            head.ahead = &ahead;
-            read_chunk(rule, in, p.count, p.done, head, work, to + k, inner);
+            read_chunk(rule, in, p.count, p.done, head_of(rule, heads, memory, p.slot, h, &ahead), work, to + k, inner);
         }
     }
 }
@@ -207,22 +205,16 @@ static void run_stack(const Shape &s, const Layer<T> *layers, int count, const P
     }
 }
 
-template <class T>
-static void run_linear(const Weight &weight, const T *x, int rows, int stride, T *y, int y_stride) {
-    gemm(x, rows, stride, weight, [&](int row, int column, Vec<T> v) {
-        store_some(y + size_t(row) * y_stride + column, v, weight.outputs - column);
-    });
-}
-
 // ---- what Python calls; SCALAR is the type of memories and activations ----------------------------------------------
 
 extern "C" {
 
-// Tokens [T] through the layers and the last norm -> x [T, D]. Returns the place of a token that is not in the table,
-// before anything is read, else -1.
+// Tokens [T] through the layers and the last norm -> x [T, D]. Returns -1, or, before anything is changed, the place of
+// a token that is not in the table, T where the sequences do not end there.
 int64_t stack(const Shape *shape, const Layer<SCALAR> *layers, int count, const Packed *packed,
-              const Table<SCALAR> *table, const int64_t *tokens, const SCALAR *last_norm, SCALAR *x, SCALAR *scratch) {
-    const int dim = shape->dim, total = packed->ends[packed->sequences];
+              const Table<SCALAR> *table, const int64_t *tokens, int total, const SCALAR *last_norm, SCALAR *x, SCALAR *scratch) {
+    const int dim = shape->dim;
+    if (packed->ends[packed->sequences] != total) return total;
     const auto scale = SCALAR(table->scale);
     for (int t = 0; t < total; t++) {
         if (tokens[t] < 0 || tokens[t] >= table->count) return t;

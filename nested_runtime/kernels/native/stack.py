@@ -48,7 +48,7 @@ class Linear:
     """y = W x, packed; a row's result does not depend on the rows beside it. `inputs` must be even."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.library, self.dtype = abi.load(weight.dtype), weight.dtype
+        self.library = abi.load(weight.dtype)
         self.outputs, self.inputs = weight.shape
         is_bf16 = weight.dtype == torch.float32 and bool((weight.bfloat16().float() == weight).all())
         size = self.library.packed_size(self.outputs, self.inputs)
@@ -58,10 +58,6 @@ class Linear:
             c_void_p(abi.address(weight)), self.outputs, self.inputs, is_bf16, c_void_p(abi.address(self.panels))
         )
         self.field = abi.Weight(abi.address(self.panels), is_bf16, self.outputs, self.inputs)
-
-    def takes(self, x: torch.Tensor) -> bool:
-        """Whether x is of the weight's type and here; the model may have moved since it was packed."""
-        return x.dtype == self.dtype and x.device.type == "cpu"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, inputs] -> [N, outputs]."""
@@ -110,7 +106,10 @@ class Stack:
         )
 
     def __call__(self, batch: Batch, pool: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The stream behind the blocks [T, D]; the pool is updated in place. IndexError: an unknown token."""
+        """The stream behind the blocks [T, D]; the pool is updated in place.
+
+        IndexError: an unknown token; ValueError: sequences of another length than the tokens. Nothing is changed then.
+        """
         found = [pool[name] for name in self.names]
         if list(map(id, found)) != list(map(id, self._found)):
             self._found = found
@@ -121,9 +120,11 @@ class Stack:
         x = torch.empty(tokens.shape[0], self._shape.dim, dtype=self._scratch.dtype)
         unknown = self.library.stack(
             byref(self._shape), self._layers, len(self._layers), abi.packed(batch), byref(self._table),
-            c_void_p(abi.address(tokens)), self._last_norm, c_void_p(abi.address(x)),
+            c_void_p(abi.address(tokens)), tokens.shape[0], self._last_norm, c_void_p(abi.address(x)),
             c_void_p(abi.address(self._scratch)),
         )  # fmt: skip
+        if unknown == tokens.shape[0]:
+            raise ValueError(f"cu_seqlens ends at {int(batch.cu_seqlens[-1])}, but there are {unknown} tokens")
         if unknown >= 0:
             raise IndexError(f"token id {int(tokens[unknown])} is not in 0..{self._table.count - 1}")
         return x
