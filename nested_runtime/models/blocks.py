@@ -95,12 +95,16 @@ class BlockModel(LeveledModel):
         return super().forward(batch, pool) if packed is None else packed.stack(batch, pool)
 
     def _packed(self) -> Packed | None:
-        scale = self.embed.shape[1] ** 0.5
-        return self._fused.get(self, lambda: pack(self.blocks, self.embed, scale, self.norm))
+        return self._fused.get(self, lambda: pack(self.blocks, self.embed, self.scale, self.norm))
+
+    @property
+    def scale(self) -> float:
+        """sqrt(D), by which embeddings enter, so that tied weights serve the stream (rms near 1) and logits (small)."""
+        return float(self.embed.shape[1] ** 0.5)
 
     def enter(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings scaled by sqrt(D), so that tied weights serve the stream (rms near 1) and the logits (small)."""
-        scaled: torch.Tensor = embedding(token_ids, self.embed) * self.embed.shape[1] ** 0.5
+        """Embeddings times `scale`."""
+        scaled: torch.Tensor = embedding(token_ids, self.embed) * self.scale
         return scaled
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def test_the_stack_equals_the_blocks_one_by_one(
     schedule = [[(0, 70), (2, 1)], [(2, 40), (1, 89), (0, 1)], [(0, 1), (2, 1), (1, 1)], [(2, 48), (0, 18)]]
     found, pool = read(model, texts, schedule)
     assert model._fused._packed is not None
-    monkeypatch.setattr(Fused, "get", lambda self, model, make, **_: None)
+    monkeypatch.setattr(Fused, "get", lambda self, model, make: None)
     monkeypatch.setattr("nested_runtime.memory.self_modifying.packed_kernels", lambda *_: None)
     expected, expected_pool = read(model, texts, schedule)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4

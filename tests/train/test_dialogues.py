@@ -189,7 +189,7 @@ def test_only_training_overhears_whole_sentences_that_tell_nothing() -> None:
         return out
 
     assert heard in everything("train")
-    assert not everything("train") & {"I live in Oslo.", "My dog is Rex.", "Mr.", "Oh!", "Is it late?"}
+    assert not everything("train") & {"I live in Oslo.", "My dog is Rex.", "Mr.", "Oh!", "Is it so late?"}
     assert heard not in everything("dev")
 
 
