@@ -62,10 +62,17 @@ async def _serve(settings: Settings, service: Service) -> None:
             )
             server = _Server(config)
             loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, server.handle_exit, number, None)
+            loop.add_signal_handler(signal.SIGINT, server.handle_exit, signal.SIGINT, None)
+            loop.add_signal_handler(signal.SIGTERM, _leave, service, server)
             _announce(settings, service, listener)
             await server.serve(sockets=[listener])
+
+
+def _leave(service: Service, server: uvicorn.Server) -> None:
+    """Shut down, after notice to the proxies that look at /ready; asked a second time, at once."""
+    seconds = 0.0 if service.leaving else service.settings.notice_seconds
+    service.leaving = True
+    asyncio.get_running_loop().call_later(seconds, server.handle_exit, signal.SIGTERM, None)
 
 
 class _Server(uvicorn.Server):

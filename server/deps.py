@@ -50,6 +50,7 @@ class Service:
     tracing: NoTracing
     started: int = 0  # seconds since the epoch
     ready: bool = False
+    leaving: bool = False  # still serving, but /ready says no
 
     def admit(self) -> None:
         """Refuse new turns while the server shuts down."""

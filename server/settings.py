@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,8 @@ class Settings:
     models          folders or names of checkpoints, the first is the default in examples
     store           store URL; None = SQLite in `data_dir`
     max_body_bytes  larger request bodies are 413
-    drain_seconds   how long SIGTERM waits for running turns
+    notice_seconds  how long SIGTERM goes on serving while /ready says no, so that a proxy can look elsewhere
+    drain_seconds   how long SIGTERM then waits for running turns
     keep_alive      seconds between SSE comments while nothing else is sent
     otlp_endpoint   OpenTelemetry collector that traces are sent to
     requests_in_flight  of one tenant at a time; more are 429
@@ -50,6 +52,7 @@ class Settings:
     ssl_keyfile_password: str | None = field(default=None, repr=False)
     ssl_ca_certs: str | None = None
     max_body_bytes: int = 8 << 20
+    notice_seconds: float = 0.0
     drain_seconds: float = 20.0
     keep_alive: float = 10.0
     session_ttl: float | None = None
@@ -71,6 +74,8 @@ class Settings:
         for name in ("max_body_bytes", "requests_in_flight", "sweep_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give a number over 0")
+        if not 0 <= self.notice_seconds < math.inf:
+            raise ConfigError(f"notice_seconds is {self.notice_seconds!r}; give a number, at least 0")
         if self.ray_replicas < 0:
             raise ConfigError(f"ray_replicas is {self.ray_replicas}; give how many, or 0 for none")
         if self.session_ttl is not None and not self.session_ttl >= self.sessions.lease_seconds:

@@ -28,7 +28,7 @@ async def health() -> dict[str, str]:
 async def ready(service: ServiceDep) -> JSONResponse:
     """Store and models can take work: 200, else 503 and why not."""
     problems: dict[str, Any] = {}
-    if not service.ready:
+    if service.leaving or not service.ready:
         problems["server"] = "starting or shutting down"
     stopped = [m.id for m in service.runtime.models.values() if not m.backend.stats().get("accepting", True)]
     if stopped:

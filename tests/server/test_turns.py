@@ -210,3 +210,19 @@ def test_sigterm_lets_a_running_turn_finish(
     assert server.wait(120) == 0
     with serve(settings(store=None, data_dir=tmp_path)) as again, again.client() as client:
         assert version_of(client, "s") == 1
+
+
+def test_sigterm_gives_notice_and_serves_on(model_folder: Path, process: Any, chat: Chat) -> None:
+    """While a proxy finds out, new connections and turns are served; a second SIGTERM ends the notice."""
+    server = process("--model", str(model_folder), "--store", "memory:", "--notice-seconds", "300")
+    with server.client() as client:
+        assert client.get("/ready").status_code == 200
+        server.send(signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while client.get("/ready").status_code != 503:
+            assert time.monotonic() < deadline
+    with server.client() as client:
+        assert chat(client, "hello", session="s").json()["session"]["version"] == 1
+        assert client.get("/ready").json()["server"] == "starting or shutting down"
+        server.send(signal.SIGTERM)
+    assert server.wait(60) == 0

@@ -88,7 +88,7 @@ def cluster(serve: Any, redis: Any, tmp_path: Path) -> Iterator[Callable[..., Cl
     def start(count: int, lease: float = LEASE) -> Cluster:
         store = redis("everysec")
         ports = [free_port() for _ in range(count)]
-        options = ("--drain-seconds", "30")
+        options = ("--notice-seconds", "3", "--drain-seconds", "30")
         settings = {"LEASE_SECONDS": lease, "WAIT_SECONDS": 60}
         replicas = [serve(store.url, "--port", str(port), *options, **settings) for port in ports]
         bind = free_port()
