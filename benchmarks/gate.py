@@ -9,9 +9,11 @@ import torch
 from benchmarks.systems.base import VOCAB, tokens
 from nested_runtime.core import SamplingParams, Sequence, TurnResult
 from nested_runtime.engine.engine import Engine
+from nested_runtime.kernels.int8_linear.reference import int8_product
+from nested_runtime.kernels.native.stack import Linear
 from nested_runtime.models.hope import Hope
 
-__all__ = ["check_engine"]
+__all__ = ["check_engine", "check_int8"]
 
 TOLERANCE = 2e-3  # of a tensor's largest element, after a hundred tokens in float32 through other kernels
 LENGTHS = (1, 31, 70, 101)
@@ -34,6 +36,17 @@ def check_engine(model: Hope) -> None:
                 results[event.sequence_id] = event.result
     for sequence in asked:
         _compare(model, sequence, results[sequence.id])
+
+
+@torch.inference_mode()
+def check_int8(model: Hope) -> None:
+    """Exit unless the product with every matrix in int8 is that of the integers, to the bit."""
+    for name, w in model.named_parameters():
+        if w.ndim != 2 or name.endswith(("gate_bias", "rates", "conv")):
+            continue
+        x = torch.randn(17, w.shape[1])
+        if not torch.equal(Linear(w, int8=True)(x), int8_product(x, w)):
+            sys.exit(f"int8 products with {name} are not those of the integers; nothing is measured")
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gate import check_engine
+from benchmarks.gate import check_engine, check_int8
 from benchmarks.plot import bars
 from benchmarks.systems.base import Case, System
 from benchmarks.systems.ours import hope
@@ -36,8 +36,8 @@ CASES = (
     Case("decode_16_4k", 16, 4096),
     Case("decode_16_16k", 16, 16384),
 )
-SYSTEMS = ("ours:NestedRuntime", "llama:Llama", "nested_learning:NestedLearning", "titans_pytorch:TitansPytorch",
-           "ttt_linear:TTTLinear")  # fmt: skip
+SYSTEMS = ("ours:NestedRuntime", "ours:Exact", "llama:Llama", "nested_learning:NestedLearning",
+           "titans_pytorch:TitansPytorch", "ttt_linear:TTTLinear")  # fmt: skip
 LLAMA = "hf-llama"
 SECONDS = 0.1  # of one measurement, where a step is shorter
 MOST_STEPS = 24  # a Llama's cache has room for so many in every round
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     check_engine(hope())
+    check_int8(hope())
     found = systems()
     for system in found:
         print(f"{system.name:18}{system.num_parameters / 1e6:6.2f}M parameters")

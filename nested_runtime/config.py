@@ -25,7 +25,7 @@ class EngineConfig:
     update_share        time for updates of levels between two steps that decode, in units of a step's time
     kv_bytes            keys and values of all running sequences of a model with attention
     threads             torch threads; 0 = leave torch's choice
-    quantize            "none", or "int8": frozen weights of attention models in a quarter of the memory
+    quantize            "none", or "int8": products of a HOPE model on the CPU, frozen weights of attention models
     """
 
     slots: int = 16

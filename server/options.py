@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-context", type=int, help="tokens one turn may read and write (default 32768)")
     add("--update-share", type=float, metavar="X", help="time for updates of levels, in decode steps (default 1.5)")
     add("--threads", type=int, help="torch threads (default: torch's choice)")
-    add("--quantize", choices=("none", "int8"), help="int8: frozen weights of attention models (default none)")
+    add("--quantize", choices=("none", "int8"), help="int8: products of HOPE, frozen weights of others (default none)")
     add("--at-rest", choices=("exact", "bf16"), help="how states are stored (default exact)")
     add("--session-ttl", type=float, metavar="SECONDS", help="idle sessions are deleted after this (default never)")
     add("--notice-seconds", type=float, help="how long SIGTERM serves on while /ready says no (default 0)")

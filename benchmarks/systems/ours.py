@@ -11,7 +11,7 @@ from nested_runtime.core import SamplingParams, Sequence
 from nested_runtime.engine.engine import Engine
 from nested_runtime.models.hope import Hope, HopeConfig
 
-__all__ = ["NestedRuntime", "hope", "start"]
+__all__ = ["Exact", "NestedRuntime", "hope", "start"]
 
 
 def hope() -> Hope:
@@ -33,10 +33,10 @@ def start(engine: Engine, case: Case) -> None:
         engine.step()
 
 
-class NestedRuntime:
-    """See `System`."""
+class Exact:
+    """See `System`. Products in float32."""
 
-    name = "nested-runtime"
+    name = "nested-runtime-float32"
 
     def __init__(self) -> None:
         self._model = hope()
@@ -61,3 +61,13 @@ class NestedRuntime:
                 engine.step()
 
         return prefill
+
+
+class NestedRuntime(Exact):
+    """See `System`. Products in int8, as `nested-serve --quantize int8` has them."""
+
+    name = "nested-runtime"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._model.quantize()

@@ -116,11 +116,15 @@ class _Buffer:
         self.device = device
         self.tensor = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
         self.array = self.tensor.numpy()
+        self._views: dict[int, torch.Tensor] = {}  # making one takes longer than the copy
 
     def fill(self, values: list[int]) -> torch.Tensor:
         """The values on the device; valid until the next call."""
-        self.array[: len(values)] = values
-        view = self.tensor[: len(values)]
+        count = len(values)
+        self.array[:count] = values
+        view = self._views.get(count)
+        if view is None:
+            view = self._views[count] = self.tensor[:count]
         return view if self.device.type == "cpu" else view.to(self.device, non_blocking=True)
 
 

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add = memory.add_argument
     add("--base-url", metavar="URL", help="measure a running server instead of a checkpoint")
     add("--api-key", metavar="KEY", help="the server's API key")
+    add("--quantize", choices=("none", "int8"), default="none", help="of a checkpoint: int8 as nested-serve has it")
     add("--split", choices=("dev", "test"), default="dev", help="phrasings and values that training never drew")
     add("--sessions", type=_count, default=100)
     add("--facts", type=_count, default=6, help="facts of a session (distance has its own)")
@@ -91,8 +92,11 @@ def _parser() -> argparse.ArgumentParser:
 @contextmanager
 def _subject(args: argparse.Namespace) -> Iterator[Subject]:
     if not args.base_url:
-        yield InProcess(load(args.model or DEFAULT_MODEL), slots=args.slots)
+        loaded = load(args.model or DEFAULT_MODEL, int8=args.quantize == "int8")
+        yield InProcess(loaded, slots=args.slots)
         return
+    if args.quantize != "none":
+        raise ConfigError("--quantize is of a checkpoint; a server behind --base-url is started with its own")
     with connect(args.base_url, api_key=args.api_key, model=args.model, connections=args.slots) as subject:
         yield subject
 

@@ -69,7 +69,7 @@ class LanguageModel(nn.Module, ABC):
 
     def quantize(self) -> None:
         """Keep in int8 what never changes while serving; ConfigError where the family has nothing of the kind."""
-        raise ConfigError(f"int8 weights are for hope-attention models, this one is a {type(self).__name__}")
+        raise ConfigError(f"int8 weights are for hope and hope-attention models, this one is a {type(self).__name__}")
 
     def update(
         self, slots: torch.Tensor, next_token: torch.Tensor, positions: torch.Tensor, pool: Pool,

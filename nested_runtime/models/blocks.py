@@ -6,20 +6,25 @@ Each block: x <- x + rule(norm(x)), then x <- x + cms(norm(x)).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding, linear, rms_norm
 
 from nested_runtime.core import Batch
+from nested_runtime.errors import ConfigError
 from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.cms import ContinuumMemory
 from nested_runtime.memory.level import Change, Level
 from nested_runtime.models.base import Pool
-from nested_runtime.models.fused import Fused, Packed, pack
+from nested_runtime.models.fused import Fused, pack_output, pack_stack
 from nested_runtime.models.level_fields import LevelFields, read_levels
 from nested_runtime.models.leveled import LeveledBlock, LeveledModel, Place, Tensors
 from nested_runtime.state.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from nested_runtime.kernels.native.stack import Linear, Stack
 
 __all__ = ["Block", "BlockModel"]
 
@@ -87,15 +92,27 @@ class BlockModel(LeveledModel):
         )
         self.norm = nn.Parameter(torch.ones(dim))
         self.adapt(levels, dim, fields)
-        self._fused = Fused()
+        self.int8 = False  # whether the compiled code multiplies in int8
+        self._body: Fused[Stack] = Fused()
+        self._output: Fused[Linear] = Fused()
 
     def forward(self, batch: Batch, pool: Pool) -> torch.Tensor:
         """See `LanguageModel.forward`; one call of compiled code where there is one for these blocks."""
-        packed = self._packed() if self.adaptation is None else None
-        return super().forward(batch, pool) if packed is None else packed.stack(batch, pool)
+        stack = self._packed() if self.adaptation is None else None
+        return super().forward(batch, pool) if stack is None else stack(batch, pool)
 
-    def _packed(self) -> Packed | None:
-        return self._fused.get(self, lambda: pack(self.blocks, self.embed, self.scale, self.norm))
+    def _packed(self) -> Stack | None:
+        return self._body.get(self, lambda: pack_stack(self.blocks, self.embed, self.scale, self.norm, self.int8))
+
+    def quantize(self) -> None:
+        """Multiply with all matrices in int8; for serving. ConfigError: compiled code does not serve the model."""
+        self.int8 = True
+        with torch.no_grad():
+            if self.adaptation is not None or self.embed.dtype != torch.float32 or self._packed() is None:
+                raise ConfigError(
+                    "int8 weights need the C++ kernels (a CPU with g++, NESTED_KERNELS unset or 'native') and a HOPE "
+                    f"model of float32 matrices without levels; this is {type(self).__name__} in {self.embed.dtype}"
+                )
 
     @property
     def scale(self) -> float:
@@ -113,7 +130,7 @@ class BlockModel(LeveledModel):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel.logits`."""
-        packed = self._packed()
-        if packed is not None and hidden.dtype == self.embed.dtype:
-            return packed.unembed(hidden)
+        output = self._output.get(self.embed, lambda: pack_output(self.blocks, self.embed, self.int8))
+        if output is not None and hidden.dtype == self.embed.dtype:
+            return output(hidden)
         return linear(hidden, self.embed).float() if hidden.dtype != torch.float64 else linear(hidden, self.embed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,64 +16,82 @@ if TYPE_CHECKING:
     from nested_runtime.kernels.native.stack import BlockWeights, Linear, Stack
     from nested_runtime.models.blocks import Block
 
-__all__ = ["Fused", "Packed"]
+__all__ = ["Fused", "pack_output", "pack_stack"]
 
 
 _VERSION = attrgetter("_version")
+P = TypeVar("P")
 
 
-class Packed(NamedTuple):
-    """The blocks, with the last norm, and the output matrix."""
-
-    stack: Stack
-    unembed: Linear
-
-
-class Fused:
-    """Holds the packed form of a model; a copy of the model starts with none."""
+class Fused(Generic[P]):
+    """Holds the packed form of a model's parameters; a copy of the model starts with none."""
 
     def __init__(self) -> None:
         self._parameters: list[nn.Parameter] = []
         self._addresses: list[Callable[[], int]] = []
         self._stamp: tuple[int, list[int]] | None = None
-        self._packed: Packed | None = None
+        self.packed: P | None = None
 
-    def __reduce__(self) -> tuple[type[Fused], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Fused[Any]], tuple[()]]:
         return Fused, ()
 
-    def get(self, model: nn.Module, make: Callable[[], Packed | None]) -> Packed | None:
-        """What `make` made of the model's parameters as they are; None where it cannot, or while autograd records.
+    def get(self, parts: nn.Module | nn.Parameter, make: Callable[[], P | None]) -> P | None:
+        """What `make` made of the parameters as they are; None where it cannot, or while autograd records.
 
-        Writing to a parameter's `.data`, or putting another tensor there, is not noticed, as by autograd.
+        `parts` are always the same. Writing to a parameter's `.data`, or putting another tensor there, is not noticed,
+        as by autograd.
         """
         if torch.is_grad_enabled():
             return None
         if not self._parameters:
-            self._parameters = list(model.parameters())
-            firsts = [next(module.parameters(recurse=False), None) for module in model.modules()]
-            self._addresses = [first.data_ptr for first in firsts if first is not None]  # a module moves as a whole
+            self._watch(parts)
         versions = 0 if self._parameters[0].is_inference() else sum(map(_VERSION, self._parameters))  # none ever falls
         stamp = (versions, [address() for address in self._addresses])
         if stamp != self._stamp:
-            self._packed, self._stamp = make(), stamp
-        return self._packed
+            self.packed, self._stamp = make(), stamp
+        return self.packed
+
+    def _watch(self, parts: nn.Module | nn.Parameter) -> None:
+        if isinstance(parts, nn.Parameter):
+            self._parameters, self._addresses = [parts], [parts.data_ptr]
+            return
+        self._parameters = list(parts.parameters())
+        firsts = [next(module.parameters(recurse=False), None) for module in parts.modules()]
+        self._addresses = [first.data_ptr for first in firsts if first is not None]  # a module moves as a whole
 
 
-def pack(blocks: Iterable[nn.Module], embed: torch.Tensor, scale: float, last_norm: torch.Tensor) -> Packed | None:
-    """Pack a `BlockModel`'s blocks and embeddings; None unless the C++ kernels serve them. Levels are left out."""
+def pack_stack(
+    blocks: Iterable[nn.Module], embed: torch.Tensor, scale: float, last_norm: torch.Tensor, int8: bool = False
+) -> Stack | None:
+    """Pack a `BlockModel`'s embeddings, blocks and last norm; None unless the C++ kernels serve them."""
     stack = [cast("Block", block) for block in blocks]
+    if not _are_served(stack, embed):
+        return None
+    from nested_runtime.kernels.native.stack import Stack
+
+    rule = cast(SelfModifying, stack[0].memory)
+    weights = [_weights(f"blocks.{i}.memory", block) for i, block in enumerate(stack)]
+    return Stack(weights, rule.heads, rule.head_dim, rule.options, embed, scale, last_norm, int8)
+
+
+def pack_output(blocks: Iterable[nn.Module], embed: torch.Tensor, int8: bool = False) -> Linear | None:
+    """Pack the output matrix; None unless the C++ kernels serve the blocks before it."""
+    if not _are_served([cast("Block", block) for block in blocks], embed):
+        return None
+    from nested_runtime.kernels.native.stack import Linear
+
+    return Linear(embed, int8)
+
+
+def _are_served(stack: list[Block], embed: torch.Tensor) -> bool:
+    """Whether the C++ kernels know the blocks. Levels are left out."""
     rule, types = stack[0].memory, {type(block.memory) for block in stack}
     dtypes = {parameter.dtype for block in stack for parameter in block.parameters()}
     if types != {SelfModifying} or not isinstance(rule, SelfModifying) or dtypes != {embed.dtype}:
-        return None
+        return False
     kernels = packed_kernels(embed.device.type, embed.dtype)
     inputs = (embed.shape[1], rule.w_out.shape[1], stack[0].cms.up[0].shape[0])
-    if kernels is None or kernels.name != "native" or any(size % 2 for size in inputs):
-        return None
-    from nested_runtime.kernels.native.stack import Linear, Stack
-
-    weights = [_weights(f"blocks.{i}.memory", block) for i, block in enumerate(stack)]
-    return Packed(Stack(weights, rule.heads, rule.head_dim, rule.options, embed, scale, last_norm), Linear(embed))
+    return kernels is not None and kernels.name == "native" and not any(size % 2 for size in inputs)
 
 
 def _weights(name: str, block: Block) -> BlockWeights:

@@ -1,9 +1,11 @@
-"""The start of a new run from a model that exists, levels being added or changed on the way."""
+"""The start of a new run from a model that exists, levels or units of its MLPs being added on the way."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from nested_runtime.errors import ConfigError
 from nested_runtime.models.base import LanguageModel
@@ -20,14 +22,18 @@ OF_LEVELS = tuple(field.name for field in fields(LevelFields))
 
 
 def check_start(loaded: LoadedModel, family: str, model: LanguageModel) -> None:
-    """ConfigError names the first field, not of levels, in which the checkpoint is not the model to be trained."""
+    """ConfigError names the first field in which the checkpoint is not the model to be trained.
+
+    Fields of levels may differ, and `mlp_ratio` may be larger.
+    """
     found = {"family": loaded.config["family"], **_plain(loaded.model)}
     wanted = {"family": family, **_plain(model)}
     for name in sorted(wanted):
-        if found.get(name) != wanted[name]:
+        before, after = found.get(name), wanted[name]
+        if before != after and not (name == "mlp_ratio" and before is not None and before < after):
             raise ConfigError(
-                f"its {name} is {found.get(name)!r}, the config says {wanted[name]!r}; only the fields of levels "
-                f"({', '.join(OF_LEVELS)}) may differ"
+                f"its {name} is {before!r}, the config says {after!r}; only the fields of levels "
+                f"({', '.join(OF_LEVELS)}) may differ, and mlp_ratio may grow"
             )
 
 
@@ -54,13 +60,25 @@ def levels_of(name: str | None) -> TrainConfig:
 def start_from(model: LanguageModel, loaded: LoadedModel) -> list[str]:
     """Give `model` the checkpoint's parameters; the names of those that stay fresh, all of levels.
 
-    A level starts with a zero output, so that until its first step the model computes what the checkpoint does. A level
-    the checkpoint has too, of the same shape, is taken over.
+    A level starts with a zero output, so that until its first step the model computes what the checkpoint does; so do
+    the new units of a wider MLP (W_down relu(W_up z)^2). A level the checkpoint has too, of the same shape, is taken
+    over.
     """
     mine, theirs = model.state_dict(), loaded.model.state_dict()
     taken = {name: theirs[name] for name, t in mine.items() if name in theirs and theirs[name].shape == t.shape}
+    for name in mine.keys() & theirs.keys() - taken.keys():
+        units = {"up": 0, "down": 1}.get(name.split(".")[-2]) if ".cms." in name and ".levels." not in name else None
+        if units is not None:
+            taken[name] = _widened(theirs[name], mine[name], units)
     model.load_state_dict({**mine, **taken})
     return sorted(mine.keys() - taken.keys())
+
+
+def _widened(old: torch.Tensor, fresh: torch.Tensor, units: int) -> torch.Tensor:
+    """`fresh` with the matrix `old` in its first rows (units = 0) or columns (1); further columns are zero."""
+    wide = fresh.clone() if units == 0 else torch.zeros_like(fresh)
+    wide.narrow(units, 0, old.shape[units]).copy_(old)
+    return wide
 
 
 def train_only_levels(model: LanguageModel, family: str) -> None:

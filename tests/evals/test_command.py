@@ -45,6 +45,14 @@ def test_a_server_and_a_secret(
     assert len(here["items"]) == 3
 
 
+def test_int8_is_another_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
+    options = ("recall", "--model", str(folder), "--sessions", "1", "--facts", "2")
+    _, exact = run(capsys, tmp_path / "float32", *options)
+    _, rounded = run(capsys, tmp_path / "int8", *options, "--quantize", "int8")
+    assert rounded["model"]["fingerprint"] != exact["model"]["fingerprint"]
+    assert rounded["options"]["quantize"] == "int8"
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -54,6 +62,7 @@ def test_a_server_and_a_secret(
         (["recall", "--split", "train"], "invalid choice: 'train'"),
         (["recall", "--base-url", "http://127.0.0.1:9"], "is nested-serve running there?"),
         (["recall", "--base-url", "nowhere"], "nowhere"),
+        (["recall", "--base-url", "http://127.0.0.1:9", "--quantize", "int8"], "started with its own"),
         (["recall", "--data", "/nowhere", "--model", "{folder}"], "/nowhere is not a folder"),
         (["everything"], "invalid choice: 'everything'"),
         ([], "required"),

@@ -35,11 +35,13 @@ VOCAB, SESSIONS = 40, 3
 Schedule = list[list[tuple[int, int]]]  # steps of (session, tokens)
 
 
-def build(shape: str, dtype: torch.dtype = torch.float32) -> Hope:
+def build(shape: str, dtype: torch.dtype = torch.float32, int8: bool = False) -> Hope:
     torch.manual_seed(3)
     model = Hope(HopeConfig(VOCAB, 36, 2, **SHAPES[shape])).to(dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+    if int8:
+        model.quantize()
     return model
 
 
@@ -82,8 +84,8 @@ def test_the_stack_equals_the_blocks_one_by_one(
     model, texts = build(shape, dtype), torch.randint(VOCAB, (SESSIONS, 90))
     schedule = [[(0, 70), (2, 1)], [(2, 40), (1, 89), (0, 1)], [(0, 1), (2, 1), (1, 1)], [(2, 48), (0, 18)]]
     found, pool = read(model, texts, schedule)
-    assert model._fused._packed is not None
-    monkeypatch.setattr(Fused, "get", lambda self, model, make: None)
+    assert model._body.packed is not None
+    monkeypatch.setattr(Fused, "get", lambda self, parts, make: None)
     monkeypatch.setattr("nested_runtime.memory.self_modifying.packed_kernels", lambda *_: None)
     expected, expected_pool = read(model, texts, schedule)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
@@ -91,12 +93,13 @@ def test_the_stack_equals_the_blocks_one_by_one(
         assert float((a - b).abs().max() / b.abs().max().clamp(min=1e-2)) <= tolerance
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 @EXAMPLES
 @given(st.integers(0, 2**31), st.integers(1, 90), st.data())
-def test_no_schedule_changes_one_bit_of_float32(shape: str, seed: int, length: int, data: st.DataObject) -> None:
+def test_no_schedule_changes_one_bit(shape: str, int8: bool, seed: int, length: int, data: st.DataObject) -> None:
     """Splits, companions, chunk borders: logits and state are the same bits as those of each session alone."""
-    model = build(shape)
+    model = build(shape, int8=int8)
     texts = torch.randint(VOCAB, (SESSIONS, length), generator=torch.Generator().manual_seed(seed))
     found, pool = read(model, texts, draw_schedule(data, length))
     alone, alone_pool = read(model, texts, [[(s, length)] for s in range(SESSIONS)])
@@ -110,7 +113,7 @@ def packed_again(change: Callable[[Hope], None]) -> bool:
     before, _ = read(model, texts, schedule)
     change(model)
     found, _ = read(model, texts, schedule)
-    model._fused = Fused()
+    model._body, model._output = Fused(), Fused()
     expected, _ = read(model, texts, schedule)
     return torch.equal(found[0], expected[0]) and not torch.equal(found[0], before[0])
 
@@ -163,8 +166,9 @@ def test_a_model_that_was_served_can_be_copied() -> None:
     assert torch.equal(found[0], again[0])
 
 
-def test_a_nan_stays_with_its_session() -> None:
-    model, texts = build("nano"), torch.randint(VOCAB, (SESSIONS, 40))
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_a_nan_stays_with_its_session(int8: bool) -> None:
+    model, texts = build("nano", int8=int8), torch.randint(VOCAB, (SESSIONS, 40))
     pool = SlotPool(state_specs(model), SESSIONS).tensors
     pool["blocks.0.memory.anchor"][2].fill_(torch.nan)
     batch = Batch(texts.flatten(), torch.arange(4, dtype=torch.int32) * 40, torch.arange(1, 4, dtype=torch.int32),

@@ -77,10 +77,29 @@ def test_levels_of_the_same_shape_are_taken_over_others_are_fresh(
     assert bool((model.get_parameter("blocks.1.cms.levels.0.down") == 0.5).all())
 
 
+def test_an_mlp_may_grow_and_computes_the_same_until_it_learns(plain: LoadedModel) -> None:
+    model = replace(CONFIG, model={**PLAIN, "mlp_ratio": 5}).build()
+    check_start(plain, "hope", model)
+    assert start_from(model, plain) == []
+    tokens = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(3))
+    hidden = model.scan(tokens, None, 0)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(hidden, plain.model.scan(tokens, None, 0)[0], rtol=0, atol=1e-5)
+    hidden.sum().backward()
+    grown = model.get_parameter("blocks.0.cms.down.0").grad
+    assert grown is not None
+    assert bool(grown[:, 64:].any()), "the new units do not learn"
+
+
 @pytest.mark.parametrize(
-    ("change", "named"), [({"dim": 48}, "dim is 32, the config says 48"), ({"blocks": 1}, "blocks")]
+    ("change", "named"),
+    [
+        ({"dim": 48}, "dim is 32, the config says 48"),
+        ({"blocks": 1}, "blocks"),
+        ({"mlp_ratio": 1}, "mlp_ratio is 2, the config says 1"),
+    ],
 )
-def test_only_levels_may_differ(plain: LoadedModel, change: dict[str, Any], named: str) -> None:
+def test_nothing_else_may_differ(plain: LoadedModel, change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         check_start(plain, "hope", replace(CONFIG, model={**LEVELED, **change}).build())
     with pytest.raises(ConfigError, match="its family is 'hope', the config says 'transformer'"):

@@ -25,7 +25,9 @@ Rule = _structure("Rule", dim=c_int32, chunk=c_int32, token=c_int32, whole=c_int
 Shape = _structure("Shape", rule=Rule, dim=c_int32, heads=c_int32, width=c_int32, hidden=c_int32)
 Packed = _structure("Packed", slots=c_void_p, positions=c_void_p, ends=c_void_p, sequences=c_int32)
 Table = _structure("Table", rows=c_void_p, count=c_int64, scale=c_double)
-Weight = _structure("Weight", data=c_void_p, is_bf16=c_int32, outputs=c_int32, inputs=c_int32)
+Weight = _structure(
+    "Weight", data=c_void_p, form=c_int32, outputs=c_int32, inputs=c_int32, scales=c_void_p, shifts=c_void_p
+)
 Memory = _structure(
     "Memory", base=c_void_p, rates=c_void_p, gate_bias=c_void_p,
     anchor=c_void_p, tail_k=c_void_p, tail_d=c_void_p, tail_g=c_void_p, window=c_void_p,

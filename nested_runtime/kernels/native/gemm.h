@@ -1,18 +1,26 @@
 // y = W x for a few or many rows x, every row by the same instructions in the same order whatever stands beside it.
 #pragma once
 
+#include <algorithm>
+#include <memory>
+
 #include "vector.h"
 
 constexpr int WIDE = 4;  // vectors of outputs in a panel
 constexpr int MOST_ROWS = 6;
 
-// W [outputs, inputs] in panels of WIDE vectors of outputs: [panel][input][output]; bf16 holds the inputs 2 i and
-// 2 i + 1 of an output in one word, so that either is one shift or mask away from a float.
+enum Form : int32_t { PLAIN, BF16, INT8 };
+
+// W [outputs, inputs] in panels of WIDE vectors of outputs: [panel][input][output]. BF16 holds the inputs 2 i and
+// 2 i + 1 of an output in one word, so that either is one shift or mask away from a float; INT8 holds 4 i to 4 i + 3 in
+// one, in units of the output's `scales`, with `shifts` = -OFFSET times the sum of an output's weights.
 struct Weight {
     const void *data;
-    int32_t is_bf16;
+    int32_t form;
     int32_t outputs;
     int32_t inputs;
+    const float *scales;
+    const int32_t *shifts;
 };
 
 template <class T>
@@ -50,6 +58,11 @@ struct Halves {
     }
 };
 
+template <int N>
+struct Count {
+    constexpr operator int() const { return N; }
+};
+
 // One panel times ROWS rows: write(row, j, sums) gets vector j of the panel's outputs.
 template <class T, int ROWS, class Panel, class Write>
 INLINE void tile(const T *x, int stride, int inputs, Panel panel, Write write) {
@@ -71,22 +84,115 @@ INLINE void tile(const T *x, int stride, int inputs, Panel panel, Write write) {
     }
 }
 
-template <class T, class Panel, class Write>
-INLINE void rows_of_panel(const T *x, int rows, int stride, int inputs, Panel panel, Write write) {
+// tile(row, count) for every tile of at most MOST_ROWS rows, its count known to the compiler.
+template <class Tile>
+INLINE void in_tiles(int rows, Tile tile) {
     int tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
     for (int m = 0; m < rows; tiles--) {
         const int count = (rows - m + tiles - 1) / tiles;  // 16 rows are 6 + 5 + 5
-        const T *from = x + size_t(m) * stride;
-        auto shifted = [&](int r, int j, Vec<T> v) { write(m + r, j, v); };
         switch (count) {
-            case 1: tile<T, 1>(from, stride, inputs, panel, shifted); break;
-            case 2: tile<T, 2>(from, stride, inputs, panel, shifted); break;
-            case 3: tile<T, 3>(from, stride, inputs, panel, shifted); break;
-            case 4: tile<T, 4>(from, stride, inputs, panel, shifted); break;
-            case 5: tile<T, 5>(from, stride, inputs, panel, shifted); break;
-            default: tile<T, 6>(from, stride, inputs, panel, shifted); break;
+            case 1: tile(m, Count<1>{}); break;
+            case 2: tile(m, Count<2>{}); break;
+            case 3: tile(m, Count<3>{}); break;
+            case 4: tile(m, Count<4>{}); break;
+            case 5: tile(m, Count<5>{}); break;
+            default: tile(m, Count<6>{}); break;
         }
         m += count;
+    }
+}
+
+template <class T, class Panel, class Write>
+INLINE void rows_of_panel(const T *x, int rows, int stride, int inputs, Panel panel, Write write) {
+    in_tiles(rows, [&](int m, auto count) INLINED {
+        tile<T, count>(x + size_t(m) * stride, stride, inputs, panel,
+                       [&](int r, int j, Vec<T> v) INLINED { write(m + r, j, v); });
+    });
+}
+
+// ---- int8: y = s_row s_output (q + OFFSET) . w + shift, sums exact, so every machine has the same ---------------------
+
+constexpr int OFFSET = 128;  // activations are stored without a sign, as the machine's products want one of two
+
+// The products of four bytes of a, without sign, and of w, with sign, added to acc.
+INLINE Ints dot4(Ints acc, Ints a, Ints w) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)w);
+#else
+    for (int byte = 0; byte < 4; byte++) acc += (a >> 8 * byte & 255) * (w << (24 - 8 * byte) >> 24);
+    return acc;
+#endif
+}
+
+// Rows in int8, each in units of its own scale, from the largest element's 127. What is not finite makes the scale NaN.
+struct Rows {
+    int words;  // of a row, four elements each
+    std::unique_ptr<uint8_t[]> data;
+    std::unique_ptr<float[]> scales;
+
+    static int words_of(int inputs) { return rounded_up(inputs, LANES<float>) / 4; }
+
+    Rows(const float *x, int rows, int stride, int inputs)
+        : words(words_of(inputs)), data(new uint8_t[size_t(rows) * words * 4]), scales(new float[rows]) {
+        for (int m = 0; m < rows; m++) narrow(x + size_t(m) * stride, inputs, data.get() + size_t(m) * words * 4, scales[m]);
+    }
+
+    INLINE int32_t word(int row, int i) const {
+        int32_t word;
+        std::memcpy(&word, data.get() + (size_t(row) * words + i) * 4, sizeof word);
+        return word;
+    }
+
+    static void narrow(const float *x, int inputs, uint8_t *q, float &scale) {
+        constexpr int V = LANES<float>;
+        typedef uint8_t Bytes __attribute__((vector_size(V)));
+        Vec<float> most = {}, nothing = {};
+        for (int c = 0; c < inputs; c += V) {
+            const Vec<float> v = load_some(x + c, inputs - c), size = v < Vec<float>{} ? -v : v;
+            most = size > most ? size : most;
+            nothing += v * 0.0f;
+        }
+        float largest = 0;
+        for (int l = 0; l < V; l++) largest = std::max(largest, float(most[l]));
+        scale = largest / 127 + sum<float>(nothing);
+        const Vec<float> units = all(largest > 0 && largest < INFINITY ? 127 / largest : 0.0f);
+        for (int c = 0; c < inputs; c += V) {
+            const Vec<float> v = fma<float>(load_some(x + c, inputs - c), units, all(OFFSET + 0.5f));
+            const Bytes bytes = __builtin_convertvector(__builtin_convertvector(v, Ints), Bytes);
+            std::memcpy(q + c, &bytes, sizeof bytes);
+        }
+    }
+};
+
+template <class Write>
+INLINE void gemm_int8(const Rows &x, int rows, const Weight &weight, Write write) {
+    const int width = panel_width<float>();
+    for (int n = 0; n < weight.outputs; n += width) {
+        const int32_t *panel = static_cast<const int32_t *>(weight.data) + size_t(n) * x.words;
+        in_tiles(rows, [&](int m, auto count) INLINED {
+            constexpr int ROWS = count;
+            Ints acc[ROWS][WIDE];
+            for (int j = 0; j < WIDE; j++) {
+                for (int r = 0; r < ROWS; r++) acc[r][j] = load(weight.shifts + n + j * LANES<float>);
+            }
+            for (int i = 0; i < x.words; i++) {
+                Ints w[WIDE];
+                for (int j = 0; j < WIDE; j++) w[j] = load(panel + i * width + j * LANES<float>);
+                for (int r = 0; r < ROWS; r++) {
+                    const Ints a = all(x.word(m + r, i));
+                    for (int j = 0; j < WIDE; j++) acc[r][j] = dot4(acc[r][j], a, w[j]);
+                }
+            }
+#pragma GCC unroll 6  // else the sums live on the stack
+            for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDE; j++) {
+                    const int column = n + j * LANES<float>;
+                    const Vec<float> v = __builtin_convertvector(acc[r][j], Vec<float>);
+                    write(m + r, column, v * all(x.scales[m + r]) * load(weight.scales + column));
+                }
+            }
+        });
     }
 }
 
@@ -94,10 +200,13 @@ INLINE void rows_of_panel(const T *x, int rows, int stride, int inputs, Panel pa
 template <class T, class Write>
 INLINE void gemm(const T *x, int rows, int stride, const Weight &weight, Write write) {
     const int inputs = weight.inputs, width = panel_width<T>();
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (weight.form == INT8) return gemm_int8(Rows(x, rows, stride, inputs), rows, weight, write);
+    }
     for (int n = 0; n < weight.outputs; n += width) {
         auto at = [&](int row, int j, Vec<T> v) { write(row, n + j * LANES<T>, v); };
         if constexpr (sizeof(T) == sizeof(float)) {
-            if (weight.is_bf16) {
+            if (weight.form == BF16) {
                 const auto *words = static_cast<const uint32_t *>(weight.data);
                 rows_of_panel<T>(x, rows, stride, inputs, Halves{words + size_t(n) * (inputs / 2)}, at);
                 continue;
@@ -124,6 +233,21 @@ void pack(const T *w, int outputs, int inputs, bool is_bf16, void *data) {
             } else {
                 static_cast<T *>(data)[panel + size_t(k) * width + n % width] = value;
             }
+        }
+    }
+}
+
+// q [outputs, inputs] -> panels and shifts, both zero where they pad.
+inline void pack_int8(const int8_t *q, int outputs, int inputs, int8_t *data, int32_t *shifts) {
+    const int width = panel_width<float>(), padded_inputs = 4 * Rows::words_of(inputs);
+    std::memset(data, 0, size_t(padded<float>(outputs)) * padded_inputs);
+    std::memset(shifts, 0, sizeof(int32_t) * padded<float>(outputs));
+    for (int n = 0; n < outputs; n++) {
+        int8_t *panel = data + size_t(n / width) * width * padded_inputs;
+        for (int k = 0; k < inputs; k++) {
+            const int8_t value = q[size_t(n) * inputs + k];
+            panel[size_t(k / 4) * 4 * width + 4 * (n % width) + k % 4] = value;
+            shifts[n] -= OFFSET * value;
         }
     }
 }

@@ -238,9 +238,15 @@ void linear(const Weight *weight, const SCALAR *x, int rows, SCALAR *y) {
 }
 
 size_t packed_size(int outputs, int inputs) { return size_t(padded<SCALAR>(outputs)) * inputs; }
+int padded_outputs(int outputs) { return padded<float>(outputs); }
+int padded_inputs(int inputs) { return 4 * Rows::words_of(inputs); }
 
 void pack_weight(const SCALAR *w, int outputs, int inputs, int is_bf16, void *data) {
     pack(w, outputs, inputs, is_bf16 != 0, data);
+}
+
+void pack_weight_int8(const int8_t *q, int outputs, int inputs, int8_t *data, int32_t *shifts) {
+    pack_int8(q, outputs, inputs, data, shifts);
 }
 
 // streams [T, 3, H, K], gates [T, 2, H] -> reads [T, H, K]

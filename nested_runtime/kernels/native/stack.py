@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from ctypes import byref, c_void_p
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -44,26 +45,57 @@ class BlockWeights:
     gate_bias: torch.Tensor
 
 
-class Linear:
-    """y = W x, packed; a row's result does not depend on the rows beside it. `inputs` must be even."""
+class Form(IntEnum):
+    """How a packed weight is kept."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    PLAIN = 0
+    BF16 = 1
+    INT8 = 2
+
+
+class Linear:
+    """y = W x, packed; a row's result does not depend on the rows beside it. `inputs` must be even.
+
+    int8: weights in units of their output's largest / 127 and activations in units of their row's, both rounded; sums
+    are exact. float32 only.
+    """
+
+    def __init__(self, weight: torch.Tensor, int8: bool = False) -> None:
         self.library = abi.load(weight.dtype)
         self.outputs, self.inputs = weight.shape
+        if int8 and weight.dtype != torch.float32:
+            raise ValueError(f"weights of {weight.dtype} cannot be served in int8; make the model float32")
+        self._kept: list[torch.Tensor] = []  # what the structure points to
+        self.field = self._int8(weight.detach()) if int8 else self._floats(weight.detach().contiguous())
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor)
+        return abi.address(tensor)
+
+    def _floats(self, weight: torch.Tensor) -> Any:
         is_bf16 = weight.dtype == torch.float32 and bool((weight.bfloat16().float() == weight).all())
         size = self.library.packed_size(self.outputs, self.inputs)
-        self.panels = torch.empty(size, dtype=torch.bfloat16 if is_bf16 else weight.dtype)
-        weight = weight.detach().contiguous()
-        self.library.pack_weight(
-            c_void_p(abi.address(weight)), self.outputs, self.inputs, is_bf16, c_void_p(abi.address(self.panels))
+        panels = self._keep(torch.empty(size, dtype=torch.bfloat16 if is_bf16 else weight.dtype))
+        self.library.pack_weight(c_void_p(abi.address(weight)), self.outputs, self.inputs, is_bf16, c_void_p(panels))
+        return abi.Weight(panels, Form.BF16 if is_bf16 else Form.PLAIN, self.outputs, self.inputs, None, None)
+
+    def _int8(self, weight: torch.Tensor) -> Any:
+        padded = self.library.padded_outputs(self.outputs)
+        scales = torch.zeros(padded)
+        scales[: self.outputs] = weight.abs().amax(1) / 127
+        q = (weight / scales[: self.outputs, None].clamp(min=1e-30)).round().to(torch.int8)
+        panels = self._keep(torch.empty(padded, self.library.padded_inputs(self.inputs), dtype=torch.int8))
+        shifts = self._keep(torch.empty(padded, dtype=torch.int32))
+        self.library.pack_weight_int8(
+            c_void_p(abi.address(q)), self.outputs, self.inputs, c_void_p(panels), c_void_p(shifts)
         )
-        self.field = abi.Weight(abi.address(self.panels), is_bf16, self.outputs, self.inputs)
+        return abi.Weight(panels, Form.INT8, self.outputs, self.inputs, self._keep(scales), shifts)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, inputs] -> [N, outputs]."""
         x = x.contiguous()
         out = torch.empty(x.shape[0], self.outputs, dtype=x.dtype)
-        self.library.linear(byref(self.field), c_void_p(abi.address(x)), x.shape[0], c_void_p(abi.address(out)))
+        self.library.linear(byref(self.field), c_void_p(abi.address(x)), x.shape[0], c_void_p(out.data_ptr()))
         return out
 
 
@@ -76,7 +108,7 @@ class Stack:
 
     def __init__(
         self, blocks: Sequence[BlockWeights], heads: int, head_dim: int, options: RuleOptions,
-        embed: torch.Tensor, scale: float, last_norm: torch.Tensor,
+        embed: torch.Tensor, scale: float, last_norm: torch.Tensor, int8: bool = False,
     ) -> None:  # fmt: skip
         first = blocks[0]
         self.library = abi.load(first.w_in.dtype)
@@ -85,19 +117,20 @@ class Stack:
         self._kept: list[Any] = []  # what the structures point to
         rule = abi.rule_of(head_dim, options)
         self._shape = abi.Shape(rule, first.w_in.shape[1], heads, first.conv.shape[0], first.up.shape[0])
-        self._layers = (abi.Layer * len(blocks))(*(self._layer(block, head_dim) for block in blocks))
+        self._layers = (abi.Layer * len(blocks))(*(self._layer(block, head_dim, int8) for block in blocks))
         self._table = abi.Table(self._keep(embed), embed.shape[0], scale)
         self._last_norm = c_void_p(self._keep(last_norm))
         size = self.library.stack_scratch(byref(self._shape))
-        self._scratch = torch.empty(size, dtype=first.w_in.dtype)
+        self.dtype = first.w_in.dtype
+        self._scratch = c_void_p(self._keep(torch.empty(size, dtype=self.dtype)))
 
     def _keep(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return abi.address(tensor)
 
-    def _layer(self, block: BlockWeights, head_dim: int) -> Any:
-        weights = [Linear(weight) for weight in (block.w_in, block.w_out, block.up, block.down)]
+    def _layer(self, block: BlockWeights, head_dim: int, int8: bool) -> Any:
+        weights = [Linear(weight, int8) for weight in (block.w_in, block.w_out, block.up, block.down)]
         self._kept += weights
         norms = (block.norm_memory, block.norm_cms, block.norm_read, block.conv)
         memory = (block.base, expand_rates(block.rates.detach(), head_dim), block.gate_bias)
@@ -117,11 +150,10 @@ class Stack:
                 layer, field = divmod(place, len(FIELDS))
                 setattr(self._layers[layer].memory, FIELDS[field], abi.address(tensor))
         tokens = batch.token_ids.long()
-        x = torch.empty(tokens.shape[0], self._shape.dim, dtype=self._scratch.dtype)
+        x = torch.empty(tokens.shape[0], self._shape.dim, dtype=self.dtype)
         unknown = self.library.stack(
             byref(self._shape), self._layers, len(self._layers), abi.packed(batch), byref(self._table),
-            c_void_p(abi.address(tokens)), tokens.shape[0], self._last_norm, c_void_p(abi.address(x)),
-            c_void_p(abi.address(self._scratch)),
+            c_void_p(abi.address(tokens)), tokens.shape[0], self._last_norm, c_void_p(x.data_ptr()), self._scratch,
         )  # fmt: skip
         if unknown == tokens.shape[0]:
             raise ValueError(f"cu_seqlens ends at {int(batch.cu_seqlens[-1])}, but there are {unknown} tokens")
