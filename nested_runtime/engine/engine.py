@@ -209,8 +209,11 @@ class Engine:
                 self._fail(job, error)
             return
         self._counters["steps"] += 1
-        sampling: list[tuple[Job, torch.Tensor]] = []
-        for index, ((job, num_new), rows) in enumerate(zip(plan, output.logits, strict=True)):
+        sampling: list[Job] = []
+        last_rows: list[int] = []  # their rows of the logits
+        begin = 0
+        for index, ((job, num_new), end) in enumerate(zip(plan, output.ends, strict=True)):
+            first, begin = begin, end
             if index in output.bad:
                 self._fail(job, job.diverged())
                 continue
@@ -218,11 +221,13 @@ class Engine:
             job.advance(num_new, self._counters["steps"])
             if was_prefilling:
                 self._counters["prompt_tokens"] += num_new
-                self._advance_prompt(job, num_new, rows)
+                self._advance_prompt(job, num_new, output.logits[first:end])
             if job.sequence.slot and not job.is_prefilling:
-                sampling.append((job, rows[-1:]))
-        self._sample([(job, row) for job, row in sampling if job.wants_token])
-        for job, _ in sampling:
+                sampling.append(job)
+                if job.wants_token:
+                    last_rows.append(end - 1)
+        self._sample([job for job in sampling if job.wants_token], _rows(output.logits, last_rows))
+        for job in sampling:
             if not job.sequence.output:
                 self._complete(job, FinishReason.STOP if job.finishing else FinishReason.LENGTH)
 
@@ -268,11 +273,10 @@ class Engine:
                 self.scheduler.add_first(follower)
             job.followers = []
 
-    def _sample(self, work: list[tuple[Job, torch.Tensor]]) -> None:
-        if not work:
+    def _sample(self, jobs: list[Job], logits: torch.Tensor) -> None:
+        """Sample a token for every job from its row of logits [N, V]."""
+        if not jobs:
             return
-        jobs = [job for job, _ in work]
-        logits = work[0][1] if len(work) == 1 else torch.cat([row for _, row in work])
         tokens = choose(logits, [job.chooser for job in jobs])
         logprobs = token_logprobs(logits, tokens, [job.sequence.params.logprobs for job in jobs])
         self._counters["sampled_tokens"] += len(tokens)
@@ -342,3 +346,8 @@ class Engine:
             fields["prompt_logprobs"] = (None, *job.prompt_logprobs)
         job.is_silent = False
         self._events.append(TokenEvent(job.sequence.id, **fields))
+
+
+def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows, without a copy where they are all."""
+    return logits if len(rows) == len(logits) else logits[rows]

@@ -15,6 +15,8 @@ from nested_runtime.sampling import Chooser
 
 __all__ = ["Job"]
 
+ROW, NO_ROW = range(1), range(0)
+
 
 @dataclass(eq=False)
 class Job:
@@ -106,15 +108,17 @@ class Job:
 
     def span(self, num_new: int) -> Span:
         """The next `num_new` tokens, with the rows that a sampled token or prompt log-probabilities need."""
+        if not self.is_prefilling:
+            return Span(self.sequence.slot, self.place, self.sequence.output[-1:], ROW if self.wants_token else NO_ROW)
         is_last = num_new == self.num_unread
         end = num_new if self.wants_token or not is_last else num_new - 1
         first = num_new - 1 if is_last else num_new
-        if self.is_prefilling and self.sequence.params.prompt_logprobs is not None:
+        if self.sequence.params.prompt_logprobs is not None:
             first = 0
         return Span(self.sequence.slot, self.place, self.next_tokens(num_new), range(min(first, end), end))
 
     def next_tokens(self, num_new: int) -> list[int]:
-        """The next `num_new` tokens to read."""
+        """The next `num_new` tokens to read; one, once the prompt is read."""
         done, prompt = self.sequence.num_done, self.sequence.prompt
         if done < len(prompt):
             return prompt[done : done + num_new]

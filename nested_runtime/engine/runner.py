@@ -33,9 +33,15 @@ class Span:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """logits: per span [rows, V] float32 on CPU; bad: indices of spans with non-finite results."""
+    """What a step gave.
 
-    logits: list[torch.Tensor]
+    logits: [R, V] float32 on CPU, the rows of the spans one after another
+    ends: per span, the first row behind its own
+    bad: indices of spans with non-finite results
+    """
+
+    logits: torch.Tensor
+    ends: list[int]
     bad: set[int]
 
 
@@ -80,7 +86,7 @@ class Runner:
         bad = set(_bad(logits, num_rows))
         if len(logits) < len(hidden):  # a state that is not finite shows in every logit: look where there are none
             bad.update(_bad(hidden, [len(span.tokens) for span in spans]))
-        return StepOutput(_pieces(logits, num_rows), bad)
+        return StepOutput(logits, list(accumulate(num_rows)), bad)
 
     def _logits(self, hidden: torch.Tensor, spans: list[Span]) -> torch.Tensor:
         """Next-token logits [R, V] of the wanted rows of hidden [T, D]."""

@@ -92,7 +92,8 @@ def stepwise(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         spans = [
             Span(s, begin, row[begin:end].tolist(), range(end - begin)) for s, row in zip(slots, tokens, strict=True)
         ]
-        for out, rows in zip(outs, engine.runner.step(spans).logits, strict=True):
+        read = engine.runner.step(spans)
+        for out, rows in zip(outs, read.logits.tensor_split(read.ends[:-1]), strict=True):
             out.append(rows)
         begin = end
     return torch.stack([torch.cat(rows) for rows in outs])
