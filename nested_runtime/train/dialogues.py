@@ -254,9 +254,9 @@ class Writer:
 
     def mishear(self, fact: Fact) -> None:
         """The assistant takes a fact for one of another relation: not to be learned, but to be overcome in answers."""
-        special, _ = _pools()
-        other = self.rng.choice([r for r in special if not r.subjects])
-        text = self.rng.choice(other.acks).render(fact.assistant)
+        known, own = fact.assistant.keys(), {t.text for t in fact.relation.acks}
+        heard = [t for r in relations().values() for t in r.acks if t.fields <= known and t.text not in own]
+        text = self.rng.choice(heard).render(fact.assistant)
         self.say("assistant", [Span(text, 0.0)])
 
     # --- turns

@@ -13,8 +13,8 @@ class Weights:
 
     value = 3.0
     answer = 1.0
-    ack_value = 2.2
-    ack = 1.0
+    ack_value = 2.4
+    ack = 1.8
     user = 0.1
     question = 0.2
     unknown = 2.0
@@ -79,7 +79,7 @@ class DialogueSpec:
     p_generic: float = 0.35  # per fact: an open-vocabulary key
     p_decorated: float = 0.3  # per message: "By the way, ", "Do you remember?"
     p_varied: float = 0.0  # per message of the user: synonyms, dropped words, slips
-    p_misheard: float = 0.06  # per telling: the reply takes the fact for another (training only)
+    p_misheard: float = 0.15  # per telling: the reply takes the fact for another (training only)
     p_composed: float = 0.4  # per message of the user: a sentence around a noun phrase (training only)
     p_late: float = 0.5  # per question: after everything was told
     p_sibling: float = 0.4  # per fact about a subject: the same relation about another one
@@ -99,7 +99,7 @@ def stage(n: float) -> DialogueSpec:
         p_multi=0.1 + 0.15 * n,
         p_terse=0.03 + 0.04 * n,
         p_noisy=0.12 * n,
-        p_generic=0.6 - 0.25 * n,
+        p_generic=0.6 - 0.15 * n,
         p_decorated=0.05 + 0.3 * n,
         p_varied=0.15 + 0.35 * n,
         p_late=0.8 - 0.3 * n,

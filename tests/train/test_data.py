@@ -146,7 +146,7 @@ def test_a_lane_is_its_sessions_cut_up(corpus: Corpus, small_tokenizer: Tokenize
         assert weights[0].tolist() == session.weights[at + 1 : at + 33].tolist()
         assert idle[0].tolist() == session.idle[at : at + 32].tolist()
         at += 32
-    whole = {1.0, Weights.ack_value, Weights.unknown, Weights.value, Weights.value * FIRST}
+    whole = {1.0, Weights.ack, Weights.ack_value, Weights.unknown, Weights.value, Weights.value * FIRST}
     drawn = {round(float(w), 4) for w in np.unique(session.weights)}
     assert drawn <= {0.0} | whole, "small weights become rare whole ones"
     assert (session.weights == Weights.value).any()

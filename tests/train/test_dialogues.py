@@ -4,6 +4,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -44,6 +45,23 @@ def test_roles_alternate_and_answers_hold_the_value(seed: int, split: str, n: fl
                 heavy = [s.text for s in answer.spans if s.weight == dialogues.Weights.value]
                 assert [text.strip() for text in heavy] == [probe.expected]
             assert probe.expected not in probe.others
+
+
+@given(SEEDS, st.sampled_from(SPLITS))
+@settings(max_examples=200, deadline=None)
+def test_what_is_misheard_is_another_relation_and_not_learned(seed: int, split: str) -> None:
+    spec = replace(dialogues.DialogueSpec(), p_misheard=1.0, p_terse=0.0, p_pair=0.0)
+    writer = dialogues.Writer(random.Random(seed), split, spec)
+    (fact, *_) = writer.choose_facts()
+    writer.tell([fact])
+    said, own = writer.messages[-1], {t.render(fact.assistant) for t in fact.relation.acks}
+    if split == "train":
+        assert said.content not in own
+        assert fact.value in said.content
+        assert {span.weight for span in said.spans} == {0.0}
+    else:
+        assert said.content in own
+        assert any(span.weight > 0 for span in said.spans)
 
 
 @given(SEEDS, st.sampled_from(SPLITS), STAGES)
