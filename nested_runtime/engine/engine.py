@@ -209,8 +209,9 @@ class Engine:
                 self._fail(job, error)
             return
         self._counters["steps"] += 1
+        read: list[Job] = []  # have nothing left to read
         sampling: list[Job] = []
-        last_rows: list[int] = []  # their rows of the logits
+        rows: list[int] = []  # of the logits, for `sampling`
         begin = 0
         for index, ((job, num_new), end) in enumerate(zip(plan, output.ends, strict=True)):
             first, begin = begin, end
@@ -222,12 +223,14 @@ class Engine:
             if was_prefilling:
                 self._counters["prompt_tokens"] += num_new
                 self._advance_prompt(job, num_new, output.logits[first:end])
-            if job.sequence.slot and not job.is_prefilling:
+                if not job.sequence.slot or job.is_prefilling:
+                    continue
+            read.append(job)
+            if job.wants_token:
                 sampling.append(job)
-                if job.wants_token:
-                    last_rows.append(end - 1)
-        self._sample([job for job in sampling if job.wants_token], _rows(output.logits, last_rows))
-        for job in sampling:
+                rows.append(end - 1)
+        self._sample(sampling, _rows(output.logits, rows))
+        for job in read:
             if not job.sequence.output:
                 self._complete(job, FinishReason.STOP if job.finishing else FinishReason.LENGTH)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +19,7 @@ from nested_runtime.state.spec import TensorSpec
 __all__ = ["Runner", "Span", "StepOutput", "state_specs"]
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """What one sequence reads in a step.
 
     rows: offsets into `tokens` whose next-token logits are wanted, ascending

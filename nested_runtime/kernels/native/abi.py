@@ -30,7 +30,7 @@ Weight = _structure(
 )
 Memory = _structure(
     "Memory", base=c_void_p, rates=c_void_p, gate_bias=c_void_p,
-    anchor=c_void_p, tail_k=c_void_p, tail_d=c_void_p, tail_g=c_void_p, window=c_void_p,
+    anchor=c_void_p, tail_k=c_void_p, tail_d=c_void_p, tail_g=c_void_p, window=c_void_p, is_half=c_int32,
 )  # fmt: skip
 Layer = _structure(
     "Layer", w_in=Weight, w_out=Weight, up=Weight, down=Weight,

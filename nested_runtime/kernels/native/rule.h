@@ -45,10 +45,12 @@ class Ahead {
     }
 };
 
-template <class T>
+// S: how the starting values are stored, T or, where it holds them exactly, Half.
+template <class T, class S>
 struct Head {
     T *anchor, *tail_k, *tail_d, *tail_g;  // X_0 [R, K], [C, K], [C, R], [C]
-    const T *start, *rates;                // B [R, K], r [R]
+    const S *start;                        // B [R, K]
+    const T *rates;                        // r [R]
     Ahead *ahead;                          // what will be read after this head
 };
 
@@ -85,16 +87,16 @@ struct Work {
 
 enum class Of { X, B, BOTH };
 
-template <class T, Of OF>
-INLINE Vec<T> piece(const T *x, const T *b, int count) {
+template <class T, Of OF, class S>
+INLINE Vec<T> piece(const T *x, const S *b, int count) {
     if constexpr (OF == Of::X) return load_some(x, count);
     if constexpr (OF == Of::B) return load_some(b, count);
     return load_some(x, count) + load_some(b, count);
 }
 
 // Lane i: row i of `rows` <= V rows of the matrix, times w.
-template <class T, Of OF>
-INLINE Vec<T> products(const T *x, const T *b, int rows, int dim, const T *w) {
+template <class T, Of OF, class S>
+INLINE Vec<T> products(const T *x, const S *b, int rows, int dim, const T *w) {
     constexpr int V = LANES<T>;
     auto row = [&](int r) INLINED {
         Several<T, 1> s = {};
@@ -146,8 +148,8 @@ INLINE void to_lanes(const T *w, int stride, int n, int dim, T *lanes) {
 }
 
 // As `multiply_few`, for up to V tokens.
-template <class T, Of OF>
-void multiply_lanes(const T *x, const T *b, int begin, int end, int dim, int n, T *y, int stride, Work<T> &work) {
+template <class T, Of OF, class S>
+void multiply_lanes(const T *x, const S *b, int begin, int end, int dim, int n, T *y, int stride, Work<T> &work) {
     constexpr int V = LANES<T>;
     T *rows = work.lanes + size_t(work.wide) * V;  // four rows of the matrix
     for (int r = begin; r < end; r += V) {
@@ -170,8 +172,8 @@ void multiply_lanes(const T *x, const T *b, int begin, int end, int dim, int n, 
 }
 
 // y [n, tall] = rows begin..end of B + X times w [n, stride].
-template <class T>
-void multiply(const Head<T> &head, int begin, int end, int dim, const T *w, int stride, int n, T *y, Work<T> &work) {
+template <class T, class S>
+void multiply(const Head<T, S> &head, int begin, int end, int dim, const T *w, int stride, int n, T *y, Work<T> &work) {
     int i = 0;
     for (; n - i > FEW; i += std::min(n - i, LANES<T>)) {
         const int count = std::min(n - i, LANES<T>);
@@ -211,8 +213,8 @@ struct Inputs {
 };
 
 // First sweep: k, v, eta, log g of n tokens from the memories at the anchor, unit q, and v - k.
-template <class T>
-void generate(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T> &head, Work<T> &work) {
+template <class T, class S>
+void generate(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T, S> &head, Work<T> &work) {
     const int dim = rule.dim, tall = work.tall;
     multiply(head, 0, dim + 2, dim, in.k, in.stride, n, work.first, work);
     multiply(head, dim + 2, 2 * dim + 2, dim, in.v, in.stride, n, work.first, work);
@@ -232,8 +234,8 @@ void generate(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T> &h
 }
 
 // Second sweep of one token, `rows` <= V rows from r on: each is loaded once for all its products (as in `products`).
-template <class T, bool MEM, bool WHOLE, int DIM>
-INLINE void look_block(int some_dim, int rows, const T *x, const T *b, const T *u, const T *k, const T *q, T *error,
+template <class T, bool MEM, bool WHOLE, int DIM, class S>
+INLINE void look_block(int some_dim, int rows, const T *x, const S *b, const T *u, const T *k, const T *q, T *error,
                        T *seen, T *read, T *base) {
     constexpr int V = LANES<T>, N = MEM ? (WHOLE ? 3 : 4) : 2;
     const int dim = DIM ? DIM : some_dim;
@@ -258,8 +260,8 @@ INLINE void look_block(int some_dim, int rows, const T *x, const T *b, const T *
     }
 }
 
-template <class T, bool WHOLE, int DIM>
-void look_few(const Rule &rule, int begin, int end, int done, const Head<T> &head, Work<T> &work) {
+template <class T, bool WHOLE, int DIM, class S>
+void look_few(const Rule &rule, int begin, int end, int done, const Head<T, S> &head, Work<T> &work) {
     const int dim = rule.dim, wide = work.wide, mem = rule.mem(), rows = rule.rows();
     for (int i = begin; i < end; i++) {
         const T *k = head.tail_k + size_t(done + i) * dim, *u = work.u + size_t(i) * wide, *q = work.q + size_t(i) * wide;
@@ -267,7 +269,8 @@ void look_few(const Rule &rule, int begin, int end, int done, const Head<T> &hea
         T *read = work.read + size_t(i) * wide, *base = work.base + size_t(i) * wide;
         for (int r = 0; r < rows;) {
             const size_t at = size_t(r) * dim;
-            const T *x = head.anchor + at, *b = head.start + at;
+            const T *x = head.anchor + at;
+            const S *b = head.start + at;
             head.ahead->fetch();
             if (r < mem) {
                 look_block<T, false, WHOLE, DIM>(dim, mem - r, x, b, u, k, q, error + r, seen + r, read, base);
@@ -281,12 +284,13 @@ void look_few(const Rule &rule, int begin, int end, int done, const Head<T> &hea
 }
 
 // The same of many tokens, matrix by matrix.
-template <class T>
-void look_many(const Rule &rule, int begin, int count, int done, const Head<T> &head, Work<T> &work) {
+template <class T, class S>
+void look_many(const Rule &rule, int begin, int count, int done, const Head<T, S> &head, Work<T> &work) {
     const int dim = rule.dim, wide = work.wide, tall = work.tall, rows = rule.rows(), mem = rule.mem();
     const size_t at = size_t(begin) * wide, over = size_t(begin) * tall;
     T *read = work.read + at - mem, *base = work.base + at - mem;  // their rows are the main memory's
-    const T *x = head.anchor, *b = head.start;
+    const T *x = head.anchor;
+    const S *b = head.start;
     to_lanes(work.u + at, wide, count, dim, work.lanes);
     multiply_lanes<T, Of::BOTH>(x, b, 0, rows, dim, count, work.error + over, tall, work);
     to_lanes(head.tail_k + size_t(done + begin) * dim, dim, count, dim, work.lanes);
@@ -306,8 +310,8 @@ void look_many(const Rule &rule, int begin, int count, int done, const Head<T> &
 }
 
 // Second sweep: M u, X k (M k where decay acts on M), and the main memory's X q (or M q) and B q.
-template <class T>
-void look(const Rule &rule, int n, int done, const Head<T> &head, Work<T> &work) {
+template <class T, class S>
+void look(const Rule &rule, int n, int done, const Head<T, S> &head, Work<T> &work) {
     int i = 0;
     for (; n - i > FEW; i += std::min(n - i, LANES<T>)) {
         look_many(rule, i, std::min(n - i, LANES<T>), done, head, work);
@@ -320,8 +324,8 @@ void look(const Rule &rule, int n, int done, const Head<T> &head, Work<T> &work)
 }
 
 // a_j = -eta (g_{t-1} / g_j) k_j.k_t for j < at, b_j = (g_t / g_j) k_j.q_t for j <= at; zeros up to a whole vector.
-template <class T>
-INLINE void weigh(const Rule &rule, const T *q, int at, T eta, const Head<T> &head, Work<T> &work) {
+template <class T, class S>
+INLINE void weigh(const Rule &rule, const T *q, int at, T eta, const Head<T, S> &head, Work<T> &work) {
     constexpr int V = LANES<T>;
     const T *k = head.tail_k + size_t(at) * rule.dim;
     const T before = at ? head.tail_g[at - 1] : T(0), now = head.tail_g[at];
@@ -360,8 +364,8 @@ INLINE void add_rows(const T *weight, const T *rows, int stride, int count, int 
 }
 
 // Token i of the step, row `at` of the tail: d by substitution, then the read, which sees d itself.
-template <class T>
-void substitute(const Rule &rule, int i, int at, Head<T> &head, Work<T> &work, T *out) {
+template <class T, class S>
+void substitute(const Rule &rule, int i, int at, Head<T, S> &head, Work<T> &work, T *out) {
     constexpr int V = LANES<T>;
     const int rows = rule.rows(), mem = rule.mem(), dim = rule.dim;
     const T *error = work.error + size_t(i) * work.tall, *seen = work.seen + size_t(i) * work.tall;
@@ -385,8 +389,8 @@ void substitute(const Rule &rule, int i, int at, Head<T> &head, Work<T> &work, T
 }
 
 // Rows r.. of X_0 <- g_C X_0 + sum_j a_j d_j k_j^T.
-template <class T, int ROWS, int BLOCK>
-INLINE void fold_rows(const Rule &rule, int r, int c, T g, Head<T> &head, const Work<T> &work) {
+template <class T, int ROWS, int BLOCK, class S>
+INLINE void fold_rows(const Rule &rule, int r, int c, T g, Head<T, S> &head, const Work<T> &work) {
     constexpr int V = LANES<T>;
     const int dim = rule.dim, rows = rule.rows(), left = dim - c;
     Vec<T> s[ROWS][BLOCK];
@@ -410,16 +414,16 @@ INLINE void fold_rows(const Rule &rule, int r, int c, T g, Head<T> &head, const 
     }
 }
 
-template <class T, int BLOCK>
-INLINE void fold_columns(const Rule &rule, int c, T g, Head<T> &head, const Work<T> &work) {
+template <class T, int BLOCK, class S>
+INLINE void fold_columns(const Rule &rule, int c, T g, Head<T, S> &head, const Work<T> &work) {
     int r = 0;
     for (; rule.rows() - r >= 4; r += 4) fold_rows<T, 4, BLOCK>(rule, r, c, g, head, work);
     for (; r < rule.rows(); r++) fold_rows<T, 1, BLOCK>(rule, r, c, g, head, work);
 }
 
 // Close a full chunk: X_0 <- g_C X_0 + sum_j (g_C / g_j) d_j k_j^T (M instead of X where decay acts on M), tail <- 0.
-template <class T>
-void fold(const Rule &rule, Head<T> &head, Work<T> &work) {
+template <class T, class S>
+void fold(const Rule &rule, Head<T, S> &head, Work<T> &work) {
     constexpr int V = LANES<T>;
     const int dim = rule.dim, count = rule.chunk;
     const T last = head.tail_g[count - 1], g = std::exp(last);
@@ -438,8 +442,8 @@ void fold(const Rule &rule, Head<T> &head, Work<T> &work) {
 }
 
 // n tokens within one chunk of which `done` have been read -> out [n, out_stride].
-template <class T>
-void read_chunk(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T> head, Work<T> &work, T *out,
+template <class T, class S>
+void read_chunk(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T, S> head, Work<T> &work, T *out,
                 size_t out_stride) {
     generate(rule, in, n, done, head, work);
     look(rule, n, done, head, work);

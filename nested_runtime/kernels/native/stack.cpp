@@ -39,8 +39,10 @@ struct Packed {
 // A layer's memory: parameters, and the pool's tensors, slot after slot.
 template <class T>
 struct Memory {
-    const T *base, *rates, *gate_bias;  // [H, R, K], [H, R], [2, H]
+    const void *base;             // [H, R, K], of Half where `is_half`, else of T
+    const T *rates, *gate_bias;  // [H, R], [2, H]
     T *anchor, *tail_k, *tail_d, *tail_g, *window;
+    int32_t is_half;
 };
 
 template <class T>
@@ -67,15 +69,15 @@ static std::vector<Piece> pieces_of(const Packed &packed, int chunk) {
     return pieces;
 }
 
-template <class T>
-static Head<T> head_of(const Rule &rule, int heads, const Memory<T> &m, int slot, int h, Ahead *ahead = nullptr) {
+template <class T, class S>
+static Head<T, S> head_of(const Rule &rule, int heads, const Memory<T> &m, int slot, int h, Ahead *ahead = nullptr) {
     const size_t at = size_t(slot) * heads + h, rows = rule.rows(), dim = rule.dim, chunk = rule.chunk;
     return {m.anchor + at * rows * dim,  m.tail_k + at * chunk * dim, m.tail_d + at * chunk * rows,
-            m.tail_g + at * chunk,       m.base + h * rows * dim,     m.rates + h * rows,   ahead};
+            m.tail_g + at * chunk,       static_cast<const S *>(m.base) + h * rows * dim, m.rates + h * rows, ahead};
 }
 
-template <class T>
-static Ahead ahead_of(const Rule &rule, const Head<T> &next, int done) {
+template <class T, class S>
+static Ahead ahead_of(const Rule &rule, const Head<T, S> &next, int done) {
     Ahead ahead;
     ahead.add(next.tail_d, size_t(done) * rule.rows());
     ahead.add(next.tail_k, size_t(done) * rule.dim);
@@ -84,8 +86,8 @@ static Ahead ahead_of(const Rule &rule, const Head<T> &next, int done) {
 }
 
 // streams [.., 3, H, K], gates [.., 2, H] -> reads [.., H, K], all from row `first` of the batch on.
-template <class T>
-static void read_all(const Rule &rule, int heads, const Memory<T> &memory, const Piece *piece, int count, int first,
+template <class T, class S>
+static void read_stored(const Rule &rule, int heads, const Memory<T> &memory, const Piece *piece, int count, int first,
                      const T *streams, size_t stride, const T *gates, size_t gate_stride, T *out, Work<T> &work) {
     const size_t inner = size_t(heads) * rule.dim;
     for (int i = 0; i < count; i++) {
@@ -103,13 +105,21 @@ static void read_all(const Rule &rule, int heads, const Memory<T> &memory, const
                                memory.gate_bias[h], memory.gate_bias[heads + h]};
             Ahead ahead;
             if (h + 1 < heads) {
-                ahead = ahead_of(rule, head_of(rule, heads, memory, p.slot, h + 1), p.done);
+                ahead = ahead_of(rule, head_of<T, S>(rule, heads, memory, p.slot, h + 1), p.done);
             } else if (i + 1 < count) {
-                ahead = ahead_of(rule, head_of(rule, heads, memory, piece[i + 1].slot, 0), piece[i + 1].done);
+                ahead = ahead_of(rule, head_of<T, S>(rule, heads, memory, piece[i + 1].slot, 0), piece[i + 1].done);
             }
-            read_chunk(rule, in, p.count, p.done, head_of(rule, heads, memory, p.slot, h, &ahead), work, to + k, inner);
+            read_chunk(rule, in, p.count, p.done, head_of<T, S>(rule, heads, memory, p.slot, h, &ahead), work, to + k, inner);
         }
     }
+}
+
+template <class T, class... Rest>
+static void read_all(const Rule &rule, int heads, const Memory<T> &memory, Rest &&...rest) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (memory.is_half) return read_stored<T, Half>(rule, heads, memory, rest...);
+    }
+    read_stored<T, T>(rule, heads, memory, rest...);
 }
 
 template <class T>

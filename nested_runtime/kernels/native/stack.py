@@ -73,7 +73,7 @@ class Linear:
         return abi.address(tensor)
 
     def _floats(self, weight: torch.Tensor) -> Any:
-        is_bf16 = weight.dtype == torch.float32 and bool((weight.bfloat16().float() == weight).all())
+        is_bf16 = _fits_bf16(weight)
         size = self.library.packed_size(self.outputs, self.inputs)
         panels = self._keep(torch.empty(size, dtype=torch.bfloat16 if is_bf16 else weight.dtype))
         self.library.pack_weight(c_void_p(abi.address(weight)), self.outputs, self.inputs, is_bf16, c_void_p(panels))
@@ -133,9 +133,13 @@ class Stack:
         weights = [Linear(weight, int8) for weight in (block.w_in, block.w_out, block.up, block.down)]
         self._kept += weights
         norms = (block.norm_memory, block.norm_cms, block.norm_read, block.conv)
-        memory = (block.base, expand_rates(block.rates.detach(), head_dim), block.gate_bias)
+        is_half = _fits_bf16(block.base)
+        base = block.base.bfloat16() if is_half else block.base
+        memory = (base, expand_rates(block.rates.detach(), head_dim), block.gate_bias)
         return abi.Layer(
-            *(weight.field for weight in weights), *map(self._keep, norms), abi.Memory(*map(self._keep, memory))
+            *(weight.field for weight in weights),
+            *map(self._keep, norms),
+            abi.Memory(*map(self._keep, memory), is_half=is_half),
         )
 
     def __call__(self, batch: Batch, pool: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -160,3 +164,8 @@ class Stack:
         if unknown >= 0:
             raise IndexError(f"token id {int(tokens[unknown])} is not in 0..{self._table.count - 1}")
         return x
+
+
+def _fits_bf16(tensor: torch.Tensor) -> bool:
+    """Whether float32 numbers are such that bfloat16 holds them exactly."""
+    return tensor.dtype == torch.float32 and bool((tensor.bfloat16().float() == tensor).all())

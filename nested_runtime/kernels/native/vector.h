@@ -72,6 +72,22 @@ INLINE void store_some(T *p, Vec<T> v, int count) {
 }
 #endif
 
+// bfloat16: the upper half of a float.
+struct Half {
+    uint16_t bits;
+};
+
+INLINE Vec<float> load_some(const Half *p, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m256i halves = _mm256_maskz_loadu_epi16(first(count), p);
+    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
+    Ints word = {};
+    for (int i = 0; i < LANES<float> && i < count; i++) word[i] = p[i].bits << 16;
+    return (Vec<float>)word;
+#endif
+}
+
 template <class T>
 INLINE Vec<T> all(T x) {
     return x - Vec<T>{};
