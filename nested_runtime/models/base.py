@@ -68,7 +68,7 @@ class LanguageModel(nn.Module, ABC):
         return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
     def quantize(self) -> None:
-        """Keep in int8 what never changes while serving; ConfigError where the family has nothing of the kind."""
+        """Serve in int8 what never learns; ConfigError, and nothing changed, where the family cannot."""
         raise ConfigError(f"int8 weights are for hope and hope-attention models, this one is a {type(self).__name__}")
 
     def update(

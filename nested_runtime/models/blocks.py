@@ -18,7 +18,7 @@ from nested_runtime.memory.base import UpdateRule
 from nested_runtime.memory.cms import ContinuumMemory
 from nested_runtime.memory.level import Change, Level
 from nested_runtime.models.base import Pool
-from nested_runtime.models.fused import Fused, pack_output, pack_stack
+from nested_runtime.models.fused import Fused, is_served, pack_output, pack_stack
 from nested_runtime.models.level_fields import LevelFields, read_levels
 from nested_runtime.models.leveled import LeveledBlock, LeveledModel, Place, Tensors
 from nested_runtime.state.spec import TensorSpec
@@ -106,13 +106,12 @@ class BlockModel(LeveledModel):
 
     def quantize(self) -> None:
         """Multiply with all matrices in int8; for serving. ConfigError: compiled code does not serve the model."""
-        self.int8 = True
-        with torch.no_grad():
-            if self.adaptation is not None or self.embed.dtype != torch.float32 or self._packed() is None:
-                raise ConfigError(
-                    "int8 weights need the C++ kernels (a CPU with g++, NESTED_KERNELS unset or 'native') and a HOPE "
-                    f"model of float32 matrices without levels; this is {type(self).__name__} in {self.embed.dtype}"
-                )
+        if self.adaptation is not None or self.embed.dtype != torch.float32 or not is_served(self.blocks, self.embed):
+            raise ConfigError(
+                "int8 weights need the C++ kernels (a CPU with g++, NESTED_KERNELS unset or 'native') and a HOPE "
+                f"model of float32 matrices without levels; this is {type(self).__name__} in {self.embed.dtype}"
+            )
+        self.int8, self._body, self._output = True, Fused(), Fused()
 
     @property
     def scale(self) -> float:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nested_runtime.kernels.native.stack import BlockWeights, Linear, Stack
     from nested_runtime.models.blocks import Block
 
-__all__ = ["Fused", "pack_output", "pack_stack"]
+__all__ = ["Fused", "is_served", "pack_output", "pack_stack"]
 
 
 _VERSION = attrgetter("_version")
@@ -65,7 +65,7 @@ def pack_stack(
 ) -> Stack | None:
     """Pack a `BlockModel`'s embeddings, blocks and last norm; None unless the C++ kernels serve them."""
     stack = [cast("Block", block) for block in blocks]
-    if not _are_served(stack, embed):
+    if not is_served(stack, embed):
         return None
     from nested_runtime.kernels.native.stack import Stack
 
@@ -76,15 +76,16 @@ def pack_stack(
 
 def pack_output(blocks: Iterable[nn.Module], embed: torch.Tensor, int8: bool = False) -> Linear | None:
     """Pack the output matrix; None unless the C++ kernels serve the blocks before it."""
-    if not _are_served([cast("Block", block) for block in blocks], embed):
+    if not is_served(blocks, embed):
         return None
     from nested_runtime.kernels.native.stack import Linear
 
     return Linear(embed, int8)
 
 
-def _are_served(stack: list[Block], embed: torch.Tensor) -> bool:
+def is_served(blocks: Iterable[nn.Module], embed: torch.Tensor) -> bool:
     """Whether the C++ kernels know the blocks. Levels are left out."""
+    stack = [cast("Block", block) for block in blocks]
     rule, types = stack[0].memory, {type(block.memory) for block in stack}
     dtypes = {parameter.dtype for block in stack for parameter in block.parameters()}
     if types != {SelfModifying} or not isinstance(rule, SelfModifying) or dtypes != {embed.dtype}:

@@ -103,7 +103,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, *, int8: bool = False) -> LoadedModel:
-    """Load a folder or a shipped checkpoint; `int8` quantises the frozen weights, which changes the fingerprint.
+    """Load a folder or a shipped checkpoint; `int8`: quantised (`LanguageModel.quantize`), with another fingerprint.
 
     CheckpointError names the file and what is wrong with it.
     """

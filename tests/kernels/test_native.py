@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from nested_runtime.core import Batch
 from nested_runtime.engine.runner import state_specs
+from nested_runtime.kernels.int8_linear.reference import int8_product
 from nested_runtime.kernels.native import compiler
 from nested_runtime.models.fused import Fused
 from nested_runtime.models.hope import Hope, HopeConfig
@@ -76,21 +77,68 @@ def draw_schedule(data: st.DataObject, length: int) -> Schedule:
     return schedule
 
 
+SCHEDULE = [[(0, 70), (2, 1)], [(2, 40), (1, 89), (0, 1)], [(0, 1), (2, 1), (1, 1)], [(2, 48), (0, 18)]]
+
+
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let blocks run in torch from here on."""
+    monkeypatch.setattr(Fused, "get", lambda self, parts, make: None)
+    monkeypatch.setattr("nested_runtime.memory.self_modifying.packed_kernels", lambda *_: None)
+
+
+def error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Of all logits, over their size."""
+    one, other = torch.cat(found), torch.cat(expected)
+    return float((one - other).norm() / other.norm())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_the_stack_equals_the_blocks_one_by_one(
     shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, texts = build(shape, dtype), torch.randint(VOCAB, (SESSIONS, 90))
-    schedule = [[(0, 70), (2, 1)], [(2, 40), (1, 89), (0, 1)], [(0, 1), (2, 1), (1, 1)], [(2, 48), (0, 18)]]
-    found, pool = read(model, texts, schedule)
+    found, pool = read(model, texts, SCHEDULE)
     assert model._body.packed is not None
-    monkeypatch.setattr(Fused, "get", lambda self, parts, make: None)
-    monkeypatch.setattr("nested_runtime.memory.self_modifying.packed_kernels", lambda *_: None)
-    expected, expected_pool = read(model, texts, schedule)
+    one_by_one(monkeypatch)
+    expected, expected_pool = read(model, texts, SCHEDULE)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     for a, b in [*zip(found, expected, strict=True), *((pool[n], expected_pool[n]) for n in pool)]:
         assert float((a - b).abs().max() / b.abs().max().clamp(min=1e-2)) <= tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numbers_that_bfloat16_holds_are_the_same_stored_in_either(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = torch.randint(VOCAB, (SESSIONS, 90))
+    halves, pool = read(build(shape), texts, SCHEDULE)
+    monkeypatch.setattr("nested_runtime.kernels.native.stack._fits_bf16", lambda _: False)
+    floats, other_pool = read(build(shape), texts, SCHEDULE)
+    assert all(torch.equal(a, b) for a, b in zip(halves, floats, strict=True))
+    assert all(torch.equal(pool[name], other_pool[name]) for name in pool)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numbers_that_bfloat16_does_not_hold(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = build(shape), torch.randint(VOCAB, (SESSIONS, 90))
+    for block in model.blocks:
+        block.memory.base.add_(0.01 * torch.randn_like(block.memory.base))
+    found, _ = read(model, texts, SCHEDULE)
+    one_by_one(monkeypatch)
+    assert error(found, read(model, texts, SCHEDULE)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_the_blocks_with_every_product_in_int8(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = build(shape), torch.randint(VOCAB, (SESSIONS, 90))
+    exact, _ = read(model, texts, SCHEDULE)
+    model.quantize()
+    found, _ = read(model, texts, SCHEDULE)
+    one_by_one(monkeypatch)
+    for module in ("memory.streams", "memory.cms", "models.blocks"):
+        monkeypatch.setattr(f"nested_runtime.{module}.linear", int8_product)
+    expected, _ = read(model, texts, SCHEDULE)
+    # Where a number lies between two integers, float32 in another order may round it the other way.
+    assert error(found, expected) < 0.1 * error(found, exact) < 0.02
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])

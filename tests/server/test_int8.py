@@ -26,8 +26,6 @@ def test_a_session_goes_on_and_stays_with_its_model(
     exact, rounded = settings(store=store), settings(store=store, engine={"quantize": "int8"})
     with serve(rounded) as running, running.client() as http:
         first = turn(http, "My dog is called Rex.", "s")
-        alone = turn(http, "My dog is called Rex.", "t")
-        assert first.json()["choices"][0]["message"] == alone.json()["choices"][0]["message"]
         assert first.json()["session"]["version"] == 1
     with serve(exact) as running, running.client() as http:
         refused = turn(http, "What is my dog called?", "s")

@@ -155,7 +155,9 @@ struct Rows {
         float largest = 0;
         for (int l = 0; l < V; l++) largest = std::max(largest, float(most[l]));
         scale = largest / 127 + sum<float>(nothing);
-        const Vec<float> units = all(largest > 0 && largest < INFINITY ? 127 / largest : 0.0f);
+        if (!(scale < INFINITY)) return void(std::memset(q, OFFSET, 4 * words_of(inputs)));  // a NaN, too
+        const float most_units = 127 / largest;
+        const Vec<float> units = all(most_units < INFINITY ? most_units : 0.0f);  // zeros, or as good as
         for (int c = 0; c < inputs; c += V) {
             const Vec<float> v = fma<float>(load_some(x + c, inputs - c), units, all(OFFSET + 0.5f));
             const Bytes bytes = __builtin_convertvector(__builtin_convertvector(v, Ints), Bytes);

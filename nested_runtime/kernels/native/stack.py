@@ -21,6 +21,7 @@ from nested_runtime.kernels.native import abi
 
 __all__ = ["BlockWeights", "Linear", "Stack"]
 
+MOST_INPUTS = 1 << 16  # whose int8 products a sum in int32 holds
 FIELDS = ("anchor", "tail_k", "tail_d", "tail_g", "window")
 
 
@@ -63,10 +64,14 @@ class Linear:
     def __init__(self, weight: torch.Tensor, int8: bool = False) -> None:
         self.library = abi.load(weight.dtype)
         self.outputs, self.inputs = weight.shape
-        if int8 and weight.dtype != torch.float32:
-            raise ValueError(f"weights of {weight.dtype} cannot be served in int8; make the model float32")
-        self._kept: list[torch.Tensor] = []  # what the structure points to
-        self.field = self._int8(weight.detach()) if int8 else self._floats(weight.detach().contiguous())
+        if int8 and (weight.dtype != torch.float32 or self.inputs > MOST_INPUTS):
+            raise ValueError(
+                f"weights {tuple(weight.shape)} of {weight.dtype} cannot be served in int8: make the model float32, "
+                f"with at most {MOST_INPUTS} inputs"
+            )
+        weight = weight.detach().contiguous()
+        self._kept = [weight]  # what the structure points to, and the source: no other tensor gets its address
+        self.field = self._int8(weight) if int8 else self._floats(weight)
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
@@ -81,7 +86,7 @@ class Linear:
 
     def _int8(self, weight: torch.Tensor) -> Any:
         padded = self.library.padded_outputs(self.outputs)
-        scales = torch.zeros(padded)
+        scales = torch.zeros(padded, dtype=torch.float32)
         scales[: self.outputs] = weight.abs().amax(1) / 127
         q = (weight / scales[: self.outputs, None].clamp(min=1e-30)).round().to(torch.int8)
         panels = self._keep(torch.empty(padded, self.library.padded_inputs(self.inputs), dtype=torch.int8))
