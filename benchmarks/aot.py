@@ -28,11 +28,11 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "aot"))
 if os.environ.pop("TRITON_INTERPRET", None):
     print("TRITON_INTERPRET is ignored: nothing is interpreted here")
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import torch  # noqa: E402 - Triton reads the environment when imported
+import triton  # noqa: E402 - as above
+from triton.backends.compiler import GPUTarget  # noqa: E402 - as above
+from triton.compiler import ASTSource  # noqa: E402 - as above
+from triton.runtime.jit import JITFunction  # noqa: E402 - as above
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166_912),

@@ -59,11 +59,11 @@ def timed_kernels(spent: list[float]) -> Any:
 
     try:
         for kind, inner in kept.items():
-            kind.__call__ = wrap(inner)  # type: ignore[method-assign]
+            kind.__call__ = wrap(inner)  # type: ignore[method-assign]  # until the block ends
         yield
     finally:
         for kind, inner in kept.items():
-            kind.__call__ = inner  # type: ignore[method-assign]
+            kind.__call__ = inner  # type: ignore[method-assign]  # as it was
 
 
 def seconds(step: Callable[[], Any], count: int = 1) -> float:

@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ def stacked(dim: int, tokens: int, sessions: int) -> Case:
     pool, batch = pool_of(module, sessions), pack(tokens, sessions, CHUNK // 2)
     mixed = torch.randn(tokens, 3, HEADS, dim, device="cuda")
     logits = torch.randn(tokens, 2, HEADS, device="cuda") + 4
-    run = lambda: packed_scan(mixed, logits, module.base, module.rates, pool, batch, module.options)  # noqa: E731
+    run = partial(packed_scan, mixed, logits, module.base, module.rates, pool, batch, module.options)
     if tokens == sessions:  # anchor read, half a tail read, a row of it written
         moved = 4.0 * sessions * HEADS * (rows * dim + (rows + dim) * (CHUNK // 2 + 1))
         return Case(f"stacked decode d={dim} sessions={sessions}", {"ours": run}, "bytes", moved)

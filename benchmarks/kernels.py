@@ -84,7 +84,7 @@ def compiled() -> dict[str, Kernels]:
 
 def through(module: SelfModifying, kernels: Kernels) -> Step:
     def step(x: torch.Tensor, pool: Pool, batch: Batch) -> torch.Tensor:
-        self_modifying.packed_kernels = lambda *_: kernels  # type: ignore[assignment]
+        self_modifying.packed_kernels = lambda *_: kernels  # type: ignore[assignment]  # the kernels to time
         return module.apply_packed(x, pool, batch)
 
     return step

@@ -45,5 +45,5 @@ class Llama:
 
         return decode
 
-    def _read(self, ids, cache):  # type: ignore[no-untyped-def]
+    def _read(self, ids, cache):  # type: ignore[no-untyped-def]  # another library's
         return self._model(ids, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)

@@ -45,7 +45,7 @@ class NestedLearning:
 
         return decode
 
-    def _read(self, ids, state):  # type: ignore[no-untyped-def]
+    def _read(self, ids, state):  # type: ignore[no-untyped-def]  # another library's
         # A teach signal turns the self-modifying updates on; zeros leave its CMS alone.
         silent = torch.zeros(*ids.shape, DIM)
         logits = self._model(ids, teach_signal=silent, fast_state=state, finalize_updates=False)

@@ -53,7 +53,7 @@ class TitansPytorch:
 
         return decode
 
-    def _read(self, ids, cache, places):  # type: ignore[no-untyped-def]
+    def _read(self, ids, cache, places):  # type: ignore[no-untyped-def]  # another library's
         logits, cache = self._model(
             ids, disable_flex_attn=True, cache=cache, return_cache=True, factorized_pos_emb=places
         )

@@ -65,7 +65,7 @@ class Layer(nn.Module):
         inner = (g * unit).mean(dim=-1, keepdim=True)
         return (g - g.mean(dim=-1, keepdim=True) - unit * inner) / deviation
 
-    def _chunks(self, q, k, v, rate, state, place):  # type: ignore[no-untyped-def]
+    def _chunks(self, q, k, v, rate, state, place):  # type: ignore[no-untyped-def]  # another library's
         weight, bias, *_ = state
         outs = []
         for begin in range(0, q.shape[2], MINI):
@@ -79,7 +79,7 @@ class Layer(nn.Module):
         state[0], state[1] = weight, bias
         return torch.cat(outs, dim=2)
 
-    def _decode(self, q, k, v, rate, state, place):  # type: ignore[no-untyped-def]
+    def _decode(self, q, k, v, rate, state, place):  # type: ignore[no-untyped-def]  # another library's
         weight, bias, d_weight, d_bias = state
         g = rate * self._gradient(k @ weight + bias, v - k)
         d_weight.add_(k.transpose(-1, -2) @ g)

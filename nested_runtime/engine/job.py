@@ -15,7 +15,7 @@ from nested_runtime.sampling import Chooser
 
 __all__ = ["Job"]
 
-ROW, NO_ROW = range(1), range(0)
+ONE_ROW, NO_ROW = range(1), range(0)  # of a step that reads one token
 
 
 @dataclass(eq=False)
@@ -109,7 +109,9 @@ class Job:
     def span(self, num_new: int) -> Span:
         """The next `num_new` tokens, with the rows that a sampled token or prompt log-probabilities need."""
         if not self.is_prefilling:
-            return Span(self.sequence.slot, self.place, self.sequence.output[-1:], ROW if self.wants_token else NO_ROW)
+            return Span(
+                self.sequence.slot, self.place, self.sequence.output[-1:], ONE_ROW if self.wants_token else NO_ROW
+            )
         is_last = num_new == self.num_unread
         end = num_new if self.wants_token or not is_last else num_new - 1
         first = num_new - 1 if is_last else num_new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import CDLL, Structure, byref, c_double, c_int32, c_int64, c_size_t, c_void_p
+from enum import IntEnum
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,30 @@ from nested_runtime.core import Batch
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.kernels.native.compiler import library
 
-__all__ = ["Layer", "Memory", "Packed", "Rule", "Shape", "Table", "Weight", "address", "load", "packed", "rule_of"]
+__all__ = [
+    "Form",
+    "Layer",
+    "Memory",
+    "Packed",
+    "Rule",
+    "Shape",
+    "Table",
+    "Weight",
+    "address",
+    "load",
+    "packed",
+    "rule_of",
+]
 
 SCALARS = {torch.float32: "float", torch.float64: "double"}
+
+
+class Form(IntEnum):
+    """How a packed weight is kept: the enum of gemm.h."""
+
+    PLAIN = 0
+    BF16 = 1
+    INT8 = 2
 
 
 def _structure(name: str, **fields: Any) -> Any:

@@ -110,7 +110,7 @@ INLINE void rows_of_panel(const T *x, int rows, int stride, int inputs, Panel pa
     });
 }
 
-// ---- int8: y = s_row s_output (q + OFFSET) . w + shift, sums exact, so every machine has the same ---------------------
+// ---- int8: y = s_row s_output (q + OFFSET) . w + shift, the sums exact, on every machine the same --------------------
 
 constexpr int OFFSET = 128;  // activations are stored without a sign, as the machine's products want one of two
 

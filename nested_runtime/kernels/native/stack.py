@@ -1,7 +1,7 @@
 """Embeddings, a stack of HOPE blocks and a linear layer as the C++ kernels run them: packed once, scratch kept.
 
 Weights that bfloat16 holds exactly (a shipped checkpoint's) are kept in bfloat16, which halves what a decode step reads
-and changes no number; activations, sums and memories are those of the model's type.
+and changes no number; activations, sums and memories are those of the model's type. On request products are int8.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from ctypes import byref, c_void_p
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -46,14 +45,6 @@ class BlockWeights:
     gate_bias: torch.Tensor
 
 
-class Form(IntEnum):
-    """How a packed weight is kept."""
-
-    PLAIN = 0
-    BF16 = 1
-    INT8 = 2
-
-
 class Linear:
     """y = W x, packed; a row's result does not depend on the rows beside it. `inputs` must be even.
 
@@ -82,7 +73,7 @@ class Linear:
         size = self.library.packed_size(self.outputs, self.inputs)
         panels = self._keep(torch.empty(size, dtype=torch.bfloat16 if is_bf16 else weight.dtype))
         self.library.pack_weight(c_void_p(abi.address(weight)), self.outputs, self.inputs, is_bf16, c_void_p(panels))
-        return abi.Weight(panels, Form.BF16 if is_bf16 else Form.PLAIN, self.outputs, self.inputs, None, None)
+        return abi.Weight(panels, abi.Form.BF16 if is_bf16 else abi.Form.PLAIN, self.outputs, self.inputs, None, None)
 
     def _int8(self, weight: torch.Tensor) -> Any:
         padded = self.library.padded_outputs(self.outputs)
@@ -94,7 +85,7 @@ class Linear:
         self.library.pack_weight_int8(
             c_void_p(abi.address(q)), self.outputs, self.inputs, c_void_p(panels), c_void_p(shifts)
         )
-        return abi.Weight(panels, Form.INT8, self.outputs, self.inputs, self._keep(scales), shifts)
+        return abi.Weight(panels, abi.Form.INT8, self.outputs, self.inputs, self._keep(scales), shifts)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, inputs] -> [N, outputs]."""
