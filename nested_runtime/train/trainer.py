@@ -25,6 +25,7 @@ from nested_runtime.models.loading import build, save_model
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.checkpoint import load_run, save_run
 from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture
+from nested_runtime.train.head_dropout import HeadDropout
 from nested_runtime.train.muon import Muon
 from nested_runtime.train.quiet import Quiet
 from nested_runtime.train.start import train_only_levels
@@ -53,6 +54,8 @@ class TrainConfig:
     bf16: bool | None = None  # products in bf16; None: where the device has units for them
     only_levels: bool = False  # train the start and the rates of levels, keep the rest as it is
     carry_kv: bool = True  # False: every segment begins with an empty window, so that levels alone can remember
+    copy_heads: Mapping[str, str] = field(default_factory=dict)  # of --from, see `copy_heads.py`
+    head_dropout: float = 0.0  # share of heads whose reads are missing
     quiet: float = 0.0  # price of writing text that tells nothing into memories that keep it; 0: free
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
@@ -68,6 +71,8 @@ class TrainConfig:
                 raise ConfigError(f"config field {name!r} must be a number above 0, got {getattr(self, name)}")
         if not 0 <= self.quiet < math.inf:
             raise ConfigError(f"config field 'quiet' must be a number, at least 0, got {self.quiet}")
+        if not 0 <= self.head_dropout < 1:
+            raise ConfigError(f"config field 'head_dropout' must be at least 0 and below 1, got {self.head_dropout}")
 
     def build(self) -> LanguageModel:
         """The model with fresh parameters; ConfigError names what does not fit it."""
@@ -103,6 +108,8 @@ class Trainer:
         self.corpus = corpus
         self.lanes = self._train_lanes()
         self.quiet = Quiet(self.model) if config.quiet else None
+        if config.head_dropout:
+            HeadDropout(self.model, config.head_dropout)
         self.optimizers = self._optimizers()
         self.step, self.state = 0, None
         self.per_step = config.lanes * config.length * world
