@@ -22,6 +22,7 @@ __all__ = ["Chat", "Dialogue", "DialogueSpec", "ExhaustedError", "Fact", "Messag
 
 SENTENCE = re.compile(r"(?:[^\s.!?]+ ){2,}[^\s.!?]+[.!](?= |$)")  # of three words or more
 TELLING = re.compile(r"\b(my|mine|our|name|I('m| am| have| live| work| like| love| was))\b|\b(Mr|Mrs|Ms|Dr|St)\.", re.I)
+WORD = re.compile(r"[^\W\d_]{3,}")
 OVERHEARD = 0.5  # share of the sentences around a fact that come from small talk, in training
 USUAL = 0.65  # share of the assistant's sentences that take its first way of saying it
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
@@ -253,10 +254,17 @@ class Writer:
         self.say("assistant", spans)
 
     def mishear(self, fact: Fact) -> None:
-        """The assistant takes a fact for one of another relation: not to be learned, but to be overcome in answers."""
+        """The assistant gets a fact wrong: not to be learned, but to be overcome in answers.
+
+        As trained models do, it takes the fact for one of another relation, names a word beside the value, or chats.
+        """
         known, own = fact.assistant.keys(), {t.text for t in fact.relation.acks}
         heard = [t for r in relations().values() for t in r.acks if t.fields <= known and t.text not in own]
-        text = self.rng.choice(heard).render(fact.assistant)
+        fields, shape = fact.assistant, self.rng.random()
+        beside = [w for w in WORD.findall(self.messages[-1].content) if not mentions(fact.value.lower(), w.lower())]
+        if shape < 0.4 and beside:
+            heard, fields = list(fact.relation.acks), fields | {"v": self.rng.choice(beside)}
+        text = self.rng.choice(lines("replies")) if shape > 0.9 else self.rng.choice(heard).render(fields)
         self.say("assistant", [Span(text, 0.0)])
 
     # --- turns
