@@ -10,6 +10,7 @@ import torch
 from nested_runtime.core import KVRows
 from nested_runtime.errors import ConfigError, NestedError, Overloaded, StateError
 from nested_runtime.state.blocks import BlockPool
+from nested_runtime.state.huge_pages import zeros
 from nested_runtime.state.spec import TensorSpec
 
 __all__ = ["SlotPool", "check_state"]
@@ -63,15 +64,11 @@ class SlotPool:
             raise ConfigError(f"state tensor names are not unique: {sorted(spec.name for spec in specs)}")
         self.specs = specs
         self.capacity = capacity
-        self._slots = {
-            spec.name: torch.zeros((capacity + 1, *spec.shape), dtype=spec.dtype, device=device)
-            for spec in specs
-            if not spec.grows
-        }
+        self.device = torch.device(device)
+        self._slots = zeros({s.name: ((capacity + 1, *s.shape), s.dtype) for s in specs if not s.grows}, self.device)
         growing = [spec for spec in specs if spec.grows]
         self.blocks = BlockPool(growing, capacity, kv_bytes, max_step, device) if growing else None
         self.tensors = {**self._slots, **(self.blocks.tensors if self.blocks else {})}
-        self.device = torch.device(device)
         self._free = list(range(capacity, 0, -1))
         self._clean: set[int] = set()
         self._dirty: set[int] = set()
