@@ -7,6 +7,7 @@ random, so that it finds and confuses other things than the original and the two
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +20,7 @@ from nested_runtime.models.blocks import Block
 
 __all__ = ["copy_heads"]
 
-WEIGHT = 0.5  # of a copy's reads, in units of the original's
+WEIGHT = 0.5  # of the reads of a copy in another block, in units of the original's
 SPREAD = 0.3  # standard deviation of the logarithm of a key feature's scale
 
 
@@ -27,18 +28,20 @@ SPREAD = 0.3  # standard deviation of the logarithm of a key feature's scale
 def copy_heads(model: LanguageModel, copies: Mapping[str, str]) -> None:
     """Overwrite heads with others: `copies` maps "block.head" to the "block.head" it becomes a copy of.
 
-    All are copies of the model as it was. Inside a block original and copy share the original's weight in the stream.
-    ConfigError: no such head, or its memory is not the self-modifying one.
+    Inside a block an original and its copies have equal shares of the original's weight in the stream; in another block
+    a copy weighs half of it. ConfigError: no such head, another memory, or an original that is overwritten itself.
     """
-    places = [(_place(model, copy), _place(model, original)) for copy, original in copies.items()]
+    places = {_place(model, copy): _place(model, original) for copy, original in copies.items()}
+    if lost := [f"{block}.{head}" for block, head in places.values() if (block, head) in places]:
+        raise ConfigError(f"config field 'copy_heads' overwrites {lost[0]!r}, which it copies elsewhere; leave one out")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for number, (copy, original) in enumerate(places, 1):
-        _copy(model, before, original, copy, torch.Generator().manual_seed(number))
-    for copy, (block, head) in places:
-        if copy[0] == block:
-            memory = _memory(model, block)
-            columns = _own(memory, head)
-            memory.w_out[:, columns] = before[f"blocks.{block}.memory.w_out"][:, columns] * (1 - WEIGHT)
+    beside = Counter(original for copy, original in places.items() if copy[0] == original[0])
+    for number, (copy, original) in enumerate(places.items(), 1):
+        weight = 1 / (1 + beside[original]) if copy[0] == original[0] else WEIGHT
+        _copy(model, before, original, copy, weight, torch.Generator().manual_seed(number))
+    for (block, head), count in beside.items():
+        memory = _memory(model, block)
+        memory.w_out[:, _own(memory, head)] /= 1 + count
 
 
 def _memory(model: LanguageModel, block: int) -> SelfModifying:
@@ -51,7 +54,7 @@ def _memory(model: LanguageModel, block: int) -> SelfModifying:
 
 
 def _place(model: LanguageModel, name: str) -> tuple[int, int]:
-    block, _, head = name.partition(".")
+    block, _, head = str(name).partition(".")  # JSON may say 2.1
     if block.isdecimal() and head.isdecimal():
         place = int(block), int(head)
         blocks = [m for m in model.modules() if isinstance(m, Block)]
@@ -68,7 +71,7 @@ def _own(memory: SelfModifying, head: int, stream: int = 0) -> slice:
 
 def _copy(
     model: LanguageModel, before: Mapping[str, torch.Tensor], original: tuple[int, int], copy: tuple[int, int],
-    generator: torch.Generator,
+    weight: float, generator: torch.Generator,
 ) -> None:  # fmt: skip
     (source, head), (target, place) = original, copy
     to, prefix = _memory(model, target), f"blocks.{source}.memory."
@@ -85,7 +88,7 @@ def _copy(
     for stream in range(3):
         to.conv[:, _own(to, place, stream)] = before[prefix + "conv"][:, _own(to, head, stream)]
     to.base[place], to.rates[place] = before[prefix + "base"][head], before[prefix + "rates"][head]
-    to.w_out[:, _own(to, place)] = before[prefix + "w_out"][:, _own(to, head)] * leave * WEIGHT
+    to.w_out[:, _own(to, place)] = before[prefix + "w_out"][:, _own(to, head)] * leave * weight
     scale = torch.exp(SPREAD * torch.randn(to.head_dim, generator=generator)).to(to.base)
     to.base[place, rows(to.head_dim)["k"]] *= scale[:, None]
     to.w_in[_own(to, place)] *= scale[:, None]

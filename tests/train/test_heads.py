@@ -77,10 +77,22 @@ def test_copies_differ_from_their_original_and_from_each_other(model: LanguageMo
     assert (base[2] - base[1]).abs().max() > 0.05
 
 
-def test_all_are_copies_of_the_model_as_it_was(model: LanguageModel) -> None:
-    before = model.get_parameter("blocks.0.memory.rates").clone()
-    copy_heads(model, {"0.0": "0.1", "0.1": "0.0"})
-    torch.testing.assert_close(model.get_parameter("blocks.0.memory.rates")[:2], before[[1, 0]])
+def test_two_exact_copies_and_their_original_have_a_third_each(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SPREAD", 0.0)
+    silence(model, 1, 1)
+    silence(model, 1, 2)
+    expected = hidden(model)
+    copy_heads(model, {"1.1": "1.0", "1.2": "1.0"})
+    torch.testing.assert_close(hidden(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_original_may_not_be_overwritten(model: LanguageModel) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"'0\.1'"):
+        copy_heads(model, {"0.0": "0.1", "0.1": "1.0"})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["2.0", "0.3", "1", "-1.0", "a.b"])
