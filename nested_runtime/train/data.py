@@ -34,7 +34,7 @@ DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
 SHORT = 192  # sessions below so many tokens get another part before the filler
 NEAREST = 64  # tokens of the shortest stretch of chat inside a dialogue
 FEW_SHARE, MANY_SHARE = 0.12, 0.4  # dialogues with one or two facts; with up to 22 (at the end)
-PAUSE = 0.12  # share of text among the questions that fill a session's last segment
+PAUSE = 0.06  # share of text among the questions that fill a session's last segment
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
 
@@ -309,7 +309,7 @@ class Lanes:
         if shape < FEW_SHARE:
             return replace(spec, facts=(1, 2), questions=(1, 4))
         if shape < FEW_SHARE + MANY_SHARE * self.progress:
-            return replace(spec, facts=(9, 22), questions=(6, 22), small_talk=(0, 1))
+            return replace(spec, facts=(9, 22), questions=(4, 14), small_talk=(0, 1))
         return spec
 
     def _talk(self) -> list[list[tuple[str, str]]]:

@@ -25,6 +25,7 @@ TELLING = re.compile(r"\b(my|mine|our|name|I('m| am| have| live| work| like| lov
 WORD = re.compile(r"[^\W\d_]{3,}")
 OVERHEARD = 0.5  # share of the sentences around a fact that come from small talk, in training
 USUAL = 0.65  # share of the assistant's sentences that take its first way of saying it
+UNTOLD = ("...", " you have not told me that.")  # in the place of a value
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
 
 
@@ -368,8 +369,17 @@ class Writer:
             return
         self.probe(fact, "unknown", "", 0)
         self.question(fact)
-        denial = self.rng.choice(fact.relation.unknowns).render(fact.assistant)
-        self.say("assistant", [Span(denial, Weights.unknown)], idle=True)
+        self.say("assistant", self.denial(fact), idle=True)
+
+    def denial(self, fact: Fact) -> list[Span]:
+        """The answer to what was never told: as if it had been, until the value is due.
+
+        Told or not is then decided where the value would be read, by the same words that the acknowledgement used.
+        """
+        if begin := fact.relation.withheld(fact.assistant):
+            weights = (Weights.answer, Weights.untold, Weights.unknown)
+            return [Span(text, weight) for text, weight in zip((begin, *UNTOLD), weights, strict=True)]
+        return [Span(self.rng.choice(fact.relation.unknowns).render(fact.assistant), Weights.unknown)]
 
     def chat(self) -> None:
         """An exchange or two of small talk."""

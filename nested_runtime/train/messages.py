@@ -17,6 +17,7 @@ class Weights:
     ack = 1.8
     user = 0.1
     question = 0.2
+    untold = 5.0  # where a value would begin
     unknown = 2.0
     small_talk = 0.3
 

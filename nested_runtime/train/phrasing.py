@@ -162,6 +162,17 @@ class Relation:
         answer = self.answers[0].text.lower()
         return next((ack for ack in self.acks if ack.text.lower().endswith(answer)), self.acks[0])
 
+    def withheld(self, fields: Mapping[str, str]) -> str:
+        """The usual answer up to its value, which is missing: "Your horse is called"; without the value's article.
+
+        Nothing where the key is not complete by then. `fields` need no "v".
+        """
+        pieces = self.answers[0].pieces({**fields, "v": "-"})
+        at = next(i for i, (_, name) in enumerate(pieces) if name == "v")
+        if any(name for _, name in pieces[at + 1 :]):
+            return ""
+        return re.sub(r"(^| )an?$", "", "".join([text for text, _ in pieces[:at]]))
+
     @property
     def plain(self) -> bool:
         """Whether the name alone says what is meant: about the user, and not an open key."""

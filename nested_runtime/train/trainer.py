@@ -32,7 +32,7 @@ from nested_runtime.train.start import train_only_levels
 
 __all__ = ["TrainConfig", "Trainer"]
 
-VALUE_WEIGHT = 2.5  # targets weighted above this are values of answers
+VALUE_WEIGHT = 2.5  # targets weighted above this are values of answers, or say that there is none
 
 
 @dataclass(frozen=True)

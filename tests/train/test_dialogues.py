@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nested_runtime.evals.scoring import says_unknown
 from nested_runtime.train import dialogues, keys, phrasing, values
 
 SPLITS = values.SPLITS
@@ -103,8 +104,37 @@ def test_unknown_probes_were_never_told(seed: int, n: float) -> None:
             assert not probe.expected
             assert probe.relation not in told
             assert not phrasing.conflicts("train")[probe.relation] & told
-            reply = dialogue.messages[probe.turn + 1]
-            assert {s.weight for s in reply.spans} == {dialogues.Weights.unknown}
+            denial = [s.weight for s in dialogue.messages[probe.turn + 1].spans]
+            weights = dialogues.Weights
+            assert denial in ([weights.answer, weights.untold, weights.unknown], [weights.unknown])
+
+
+@given(SEEDS)
+@settings(max_examples=100, deadline=None)
+def test_a_denial_begins_as_the_answer_would(seed: int) -> None:
+    """Up to the value they are one text, so that told or not is decided where the value would be read."""
+    writer = dialogues.Writer(random.Random(seed), "train", dialogues.DialogueSpec(), ())
+    fact = writer.choose()
+    assert fact is not None
+    said = "".join([span.text for span in writer.denial(fact)])
+    assert says_unknown(said)
+    answer = fact.relation.answers[0].render(fact.assistant | {"v": "Rex"})
+    begin, dots, _ = said.partition("...")
+    if not dots:
+        assert fact.relation.name == "generic_count"
+    else:
+        assert begin == answer.partition(" Rex")[0].removesuffix(" a")
+
+
+@pytest.mark.parametrize(
+    ("answer", "begin"),
+    [("Your {s} is {v}.", "Your owl is"), ("Your {s} is a {v}.", "Your owl is"), ("{s} eats {v}.", "Owl eats"),
+     ("{s} eats {v} a day.", "Owl eats"), ("{v} is what {s} eats.", ""), ("You gave {v} to {s}.", ""), ("{v}.", "")],
+)  # fmt: skip
+def test_an_answer_without_its_value(answer: str, begin: str) -> None:
+    relation = phrasing.relations()["generic_my_noun"]
+    relation = replace(relation, answers=(phrasing.Template.parse(answer),))
+    assert relation.withheld({"s": "owl"}) == begin
 
 
 def test_phrasings_of_the_user_belong_to_one_split() -> None:
