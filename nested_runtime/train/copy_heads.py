@@ -29,10 +29,11 @@ def copy_heads(model: LanguageModel, copies: Mapping[str, str]) -> None:
     """Overwrite heads with others: `copies` maps "block.head" to the "block.head" it becomes a copy of.
 
     Inside a block an original and its copies have equal shares of the original's weight in the stream; in another block
-    a copy weighs half of it. ConfigError: no such head, another memory, or an original that is overwritten itself.
+    a copy weighs half of it, and there an original may be overwritten: it moves. ConfigError: no such head, another
+    memory, or an original that would share with its copy but is overwritten.
     """
     places = {_place(model, copy): _place(model, original) for copy, original in copies.items()}
-    if lost := [f"{block}.{head}" for block, head in places.values() if (block, head) in places]:
+    if lost := [f"{a}.{b}" for (to, _), (a, b) in places.items() if a == to and (a, b) in places]:
         raise ConfigError(f"config field 'copy_heads' overwrites {lost[0]!r}, which it copies elsewhere; leave one out")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     beside = Counter(original for copy, original in places.items() if copy[0] == original[0])

@@ -95,6 +95,19 @@ def test_an_original_may_not_be_overwritten(model: LanguageModel) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_head_moves_to_another_block_before_it_is_overwritten(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in two steps: the copy in the other block first."""
+    monkeypatch.setattr(module, "SPREAD", 0.0)
+    steps = build("hope", HOPE)
+    steps.load_state_dict(model.state_dict())
+    copy_heads(model, {"0.1": "0.0", "1.0": "0.1"})
+    for copies in ({"1.0": "0.1"}, {"0.1": "0.0"}):
+        copy_heads(steps, copies)
+    assert all(torch.equal(tensor, steps.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["2.0", "0.3", "1", "-1.0", "a.b"])
 def test_heads_that_do_not_exist_are_named(model: LanguageModel, name: str) -> None:
     for copies in ({name: "0.0"}, {"0.0": name}):
