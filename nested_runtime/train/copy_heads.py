@@ -34,7 +34,9 @@ def copy_heads(model: LanguageModel, copies: Mapping[str, str]) -> None:
     """
     places = {_place(model, copy): _place(model, original) for copy, original in copies.items()}
     if lost := [f"{a}.{b}" for (to, _), (a, b) in places.items() if a == to and (a, b) in places]:
-        raise ConfigError(f"config field 'copy_heads' overwrites {lost[0]!r}, which it copies elsewhere; leave one out")
+        raise ConfigError(
+            f"config field 'copy_heads' overwrites {lost[0]!r} and copies it inside its block; leave one out"
+        )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     beside = Counter(original for copy, original in places.items() if copy[0] == original[0])
     for number, (copy, original) in enumerate(places.items(), 1):
