@@ -12,15 +12,14 @@ from nested_runtime.core import FinishReason, Sequence
 from nested_runtime.errors import ContextOverflow, RequestError, StateError
 
 LENGTHS = (1, 2, 31, 32, 33, 64, 127, 128, 200, 333)
-FACTS = (
-    "My dog is called Rex.",
-    "I live in Lisbon.",
-    "My sister is Ada.",
-    "I play the cello.",
-    "Tea, please.",
-    "I ski.",
-)
-LATER = ("What did I say?", "Tell me again.", "And what else?")
+TOLD = {  # and how it is asked for
+    "My dog is called Rex.": "What is my dog called?",
+    "I live in Lisbon.": "Where do I live?",
+    "My sister is called Ada.": "What is my sister called?",
+    "My favourite food is soup.": "What is my favourite food?",
+    "I work as a tailor.": "What is my job?",
+    "My cat is called Nox.": "What is my cat called?",
+}
 
 
 def both(native: Any, vllm: Any, sequences: list[Sequence]) -> list[tuple[Any, Any]]:
@@ -52,13 +51,14 @@ def test_ragged_prompts_in_chunks(native: Any, vllm: Any, greedy: Any, same_stat
 
 
 def test_six_sessions_of_four_short_turns(native: Any, vllm: Any, loaded: Any, greedy: Any, same_state: Any) -> None:
-    """Each engine goes on from its own states. The control, which drops them, must answer otherwise."""
-    tokenizer, starts = loaded.tokenizer, [(None, None)] * len(FACTS)
+    """Each engine goes on from its own states. The control, which drops them, must answer questions otherwise."""
+    tokenizer, starts = loaded.tokenizer, [(None, None)] * len(TOLD)
     changed = 0
     for number in range(4):
         sequences = {"native": [], "vllm": [], "control": []}
-        for i, fact in enumerate(FACTS):
-            text = tokenizer.render([{"role": "user", "content": fact if number == 0 else LATER[number - 1]}])
+        for i, (fact, question) in enumerate(TOLD.items()):
+            content = (fact, question, "Tell me again.", question)[number]
+            text = tokenizer.render([{"role": "user", "content": content}])
             for name, start in zip(("native", "vllm"), starts[i], strict=True):
                 left = [] if start is None else [start.pending]
                 fields = {} if start is None else {"state": start.state, "position": start.position}
@@ -68,11 +68,11 @@ def test_six_sessions_of_four_short_turns(native: Any, vllm: Any, loaded: Any, g
         ours, theirs = native.run(*sequences["native"]), vllm.run(*sequences["vllm"])
         for one, other in zip(ours, theirs, strict=True):
             equal(one, other, same_state)
-        if number:
+        if number in (1, 3):
             control = vllm.run(*sequences["control"])
             changed += sum(c.tokens != t.tokens for c, t in zip(control, theirs, strict=True))
         starts = [(one.last.result, other.last.result) for one, other in zip(ours, theirs, strict=True)]
-    assert changed >= 9, f"only {changed} of 18 answers depend on the memory"
+    assert changed >= 9, f"only {changed} of 12 answers depend on the memory"
 
 
 def test_what_vllm_decides_too_late(native: Any, vllm: Any, loaded: Any, greedy: Any, same_state: Any) -> None:
