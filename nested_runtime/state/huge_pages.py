@@ -29,12 +29,12 @@ def zeros(shapes: Shapes, device: torch.device) -> dict[str, torch.Tensor]:
     if device.type != "cpu":
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
-    total = sum(-(-size // ALIGN) * ALIGN for size in sizes.values())
-    memory = _mapping(total)
+    rooms = {name: -(-size // ALIGN) * ALIGN for name, size in sizes.items()}
+    memory = _mapping(sum(rooms.values()))
     out, begin = {}, 0
     for name, (shape, dtype) in shapes.items():
         out[name] = memory[begin : begin + sizes[name]].view(dtype).view(shape)
-        begin += -(-sizes[name] // ALIGN) * ALIGN
+        begin += rooms[name]
     return out
 
 
