@@ -40,7 +40,6 @@ class GatedStreams(UpdateRule):
         self.norm = nn.Parameter(torch.ones(head_dim))
         self.w_out = nn.Parameter(torch.zeros(dim, inner))
         self.gate_logits = nn.Identity()  # sees the gates' logits [.., G, H]: what training watches takes a hook here
-        self.reads = nn.Identity()  # sees the normalised reads [.., H, K], for the same reason
         self._start_as_induction()
 
     @torch.no_grad()
@@ -77,7 +76,7 @@ class GatedStreams(UpdateRule):
 
     def finish(self, read: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Per-head RMS norm of the read [.., H, K], gated, projected back to [.., D]."""
-        normed = self.reads(rms_norm(read, (self.head_dim,), self.norm.to(read.dtype), eps=NORM_EPS))
+        normed = rms_norm(read, (self.head_dim,), self.norm.to(read.dtype), eps=NORM_EPS)
         return linear(normed.flatten(-2).to(gate.dtype) * silu(gate), self.w_out)
 
 

@@ -19,6 +19,7 @@ from nested_runtime.errors import ConfigError, NestedError
 from nested_runtime.kernels.denormals import flushed_denormals
 from nested_runtime.models.config import from_fields
 from nested_runtime.models.loading import load, load_tokenizer
+from nested_runtime.train.copy_blocks import copy_blocks
 from nested_runtime.train.copy_heads import copy_heads
 from nested_runtime.train.data import Corpus, Mixture, texts
 from nested_runtime.train.start import check_start, levels_of, start_from
@@ -74,12 +75,14 @@ def _prepare(args: argparse.Namespace, config: TrainConfig) -> None:
     if start is not None:
         model = config.build()
         try:
-            check_start(start, config.family, model)
+            check_start(copy_blocks(start, config.copy_blocks), config.family, model)
             copy_heads(model, config.copy_heads)
         except ConfigError as error:
             raise ConfigError(f"--from {args.start}: {error}") from None
-    elif config.copy_heads:
-        raise ConfigError("config field 'copy_heads' copies heads of a trained model; name it with --from")
+    elif config.copy_heads or config.copy_blocks:
+        raise ConfigError(
+            "config fields 'copy_blocks' and 'copy_heads' copy parts of a trained model; name it with --from"
+        )
     if (args.out / "tokenizer.json").exists():
         return
     args.out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,7 @@ def _work(rank: int, args: argparse.Namespace, config: TrainConfig, port: int) -
     with flushed_denormals(), process_group(rank, args.workers, port):
         trainer = Trainer(config, tokenizer, corpus, args.out, rank, args.workers)
         if not trainer.resume() and args.start:
-            start_from(trainer.model, load(args.start))
+            start_from(trainer.model, copy_blocks(load(args.start), config.copy_blocks))
             copy_heads(trainer.model, config.copy_heads)
         bar = tqdm(total=trainer.steps, initial=trainer.step, disable=rank > 0, mininterval=5, unit="step")
         with (args.out / "log.jsonl").open("a") as log:

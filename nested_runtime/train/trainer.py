@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from nested_runtime.models.loading import build, save_model
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.checkpoint import load_run, save_run
 from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture
-from nested_runtime.train.head_dropout import HeadDropout
 from nested_runtime.train.muon import Muon
 from nested_runtime.train.quiet import Quiet
 from nested_runtime.train.start import train_only_levels
@@ -54,8 +53,8 @@ class TrainConfig:
     bf16: bool | None = None  # products in bf16; None: where the device has units for them
     only_levels: bool = False  # train the start and the rates of levels, keep the rest as it is
     carry_kv: bool = True  # False: every segment begins with an empty window, so that levels alone can remember
-    copy_heads: Mapping[str, str] = field(default_factory=dict)  # of --from, see `copy_heads.py`
-    head_dropout: float = 0.0  # share of heads whose reads are missing
+    copy_blocks: Sequence[int] = ()  # of --from, see `copy_blocks.py`
+    copy_heads: Mapping[str, str] = field(default_factory=dict)  # of --from with its copied blocks, see `copy_heads.py`
     quiet: float = 0.0  # price of writing text that tells nothing into memories that keep it; 0: free
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
@@ -71,8 +70,6 @@ class TrainConfig:
                 raise ConfigError(f"config field {name!r} must be a number above 0, got {getattr(self, name)}")
         if not 0 <= self.quiet < math.inf:
             raise ConfigError(f"config field 'quiet' must be a number, at least 0, got {self.quiet}")
-        if not 0 <= self.head_dropout < 1:
-            raise ConfigError(f"config field 'head_dropout' must be at least 0 and below 1, got {self.head_dropout}")
 
     def build(self) -> LanguageModel:
         """The model with fresh parameters; ConfigError names what does not fit it."""
@@ -108,8 +105,6 @@ class Trainer:
         self.corpus = corpus
         self.lanes = self._train_lanes()
         self.quiet = Quiet(self.model) if config.quiet else None
-        if config.head_dropout:
-            HeadDropout(self.model, config.head_dropout)
         self.optimizers = self._optimizers()
         self.step, self.state = 0, None
         self.per_step = config.lanes * config.length * world

@@ -1,9 +1,9 @@
-"""Copies of heads, and heads that are missing while a model is trained."""
+"""Copies of heads."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,7 @@ from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train import copy_heads as module
 from nested_runtime.train.cli import main
 from nested_runtime.train.copy_heads import copy_heads
-from nested_runtime.train.data import Corpus
-from nested_runtime.train.head_dropout import HeadDropout
-from nested_runtime.train.trainer import TrainConfig, Trainer
+from nested_runtime.train.trainer import TrainConfig
 
 HOPE = {"vocab_size": 64, "dim": 32, "blocks": 2, "heads": 3, "head_dim": 16, "chunk": 16, "mlp_ratio": 2}
 CONFIG = TrainConfig("hope", {**HOPE, "vocab_size": 512}, tokens=4 * 32 * 2, lanes=4, length=32, warmup=2, bf16=False)
@@ -122,40 +120,6 @@ def test_memories_of_another_rule_are_refused() -> None:
         copy_heads(build("delta", plain), {"0.0": "0.1"})
 
 
-def test_dropped_heads_are_gone_for_a_whole_sequence_and_the_rest_is_scaled() -> None:
-    model = build("hope", HOPE)
-    HeadDropout(model, 0.25)
-    seen: list[torch.Tensor] = []
-    reads = model.get_submodule("blocks.1.memory.reads")
-    reads.register_forward_hook(lambda module, args, out: seen.append(out / args[0]))
-    torch.manual_seed(0)
-    for _ in range(40):
-        model.scan(TOKENS, None, 0)
-    factors = torch.stack(seen)  # [runs, B, T, H, K]
-    assert (factors.amax((2, 4)) - factors.amin((2, 4))).abs().max() < 1e-5
-    kept = factors[:, :, 0, :, 0]
-    torch.testing.assert_close(kept[kept > 0], torch.full_like(kept[kept > 0], 4 / 3))
-    assert 0.15 < (kept == 0).float().mean() < 0.35  # 240 heads
-    assert (kept.std(1) > 0).any(), "all sequences lost the same heads"
-
-
-def test_nothing_is_dropped_where_nothing_is_trained() -> None:
-    model = build("hope", HOPE)
-    expected = hidden(model.requires_grad_(False))
-    HeadDropout(model, 0.9)
-    assert torch.equal(hidden(model), expected)
-    with torch.no_grad():
-        assert torch.equal(hidden(model.requires_grad_(True)), expected)
-
-
-def test_a_run_drops_heads_where_its_config_says_so(tmp_path: Path, corpus: Corpus, small_tokenizer: Tokenizer) -> None:
-    losses = [
-        Trainer(replace(CONFIG, head_dropout=share), small_tokenizer, corpus, tmp_path, 0, 1).train_step()["loss"]
-        for share in (0.0, 0.0, 0.5)
-    ]
-    assert losses[0] == losses[1] != losses[2]
-
-
 def test_a_run_starts_from_the_copies_its_config_names(
     tmp_path: Path, data_folder: Path, small_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,9 +139,3 @@ def test_a_run_starts_from_the_copies_its_config_names(
         with pytest.raises(SystemExit):
             run("--out", str(tmp_path / "refused"), *arguments)
         assert "copy_heads" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match="head_dropout"):
-        replace(CONFIG, head_dropout=share)
