@@ -19,14 +19,15 @@ import torch
 from nested_runtime.config import from_environment
 from nested_runtime.errors import ConfigError
 
-__all__ = ["KernelConfig", "Kernels", "choose", "gpu_function", "packed_kernels"]
+__all__ = ["KernelConfig", "Kernels", "choose", "function", "packed_kernels"]
 
 DEVICES = {"native": "cpu", "numba": "cpu", "triton": "cuda"}  # the first that works is chosen
 BOTH = (torch.float32, torch.float64)
 DTYPES = {"native": BOTH, "numba": BOTH, "triton": (torch.float32,)}
-GPU = {  # beside the pair: differentiable scan of whole chunks, low-rank deltas of many sessions in slots
-    "chunk_scan": ("delta_rule.triton_train", (torch.float32, torch.bfloat16)),
-    "low_rank_apply": ("levels.triton", (torch.float32,)),
+FUNCTIONS = {  # beside the pair, by device: a differentiable scan of whole chunks, low-rank deltas of sessions in slots
+    ("chunk_scan", "cpu"): ("native", "delta_rule.native_train", BOTH),
+    ("chunk_scan", "cuda"): ("triton", "delta_rule.triton_train", (torch.float32, torch.bfloat16)),
+    ("low_rank_apply", "cuda"): ("triton", "levels.triton", (torch.float32,)),
 }
 
 
@@ -73,20 +74,22 @@ def packed_kernels(device: str, dtype: torch.dtype) -> Kernels | None:
 
 
 @cache
-def gpu_function(name: str, device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """The function of `GPU` by that name where Triton serves such tensors; None for what torch does.
+def function(name: str, device: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """The function of `FUNCTIONS` by that name where kernels serve such tensors; None for what torch does.
 
-    ConfigError where NESTED_KERNELS=triton and tensors it could serve cannot have it.
+    ConfigError where NESTED_KERNELS names those kernels and tensors they could serve cannot have them.
     """
-    module, dtypes = GPU[name]
+    kernels, module, dtypes = FUNCTIONS.get((name, device), ("", "", ()))
     wanted = KernelConfig(**from_environment(KernelConfig)).kernels
-    if device != "cuda" or dtype not in dtypes or wanted not in ("auto", "triton"):
+    if dtype not in dtypes or wanted not in ("auto", kernels):
         return None
     try:
+        if kernels == "native":
+            import_module("nested_runtime.kernels.native.abi").load(dtype, "train")
         found: Callable[..., Any] = getattr(import_module(f"nested_runtime.kernels.{module}"), name)
     except ImportError as error:
-        if wanted == "triton":
-            raise ConfigError(f"NESTED_KERNELS=triton cannot be used: {error}; unset it or install triton") from error
+        if wanted == kernels:
+            raise ConfigError(f"NESTED_KERNELS={kernels} cannot be used: {error}; unset it or install it") from error
         return None
     return found
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear, relu
 
 from nested_runtime.errors import ConfigError
-from nested_runtime.kernels.dispatch import gpu_function
+from nested_runtime.kernels.dispatch import function
 from nested_runtime.optim.base import InnerRule, build_rule
 
 __all__ = ["AdaptiveMLP", "Change", "Deltas", "Level", "Span", "check_levels", "keep", "packed_change"]
@@ -133,7 +133,7 @@ def packed_change(start: Deltas, pool: Mapping[str, torch.Tensor], spans: Sequen
     """The change of packed streams [T, D], in place: `spans`, in order, have the deltas in their slots of `pool`."""
     if start.rank is not None and spans and not torch.is_grad_enabled():
         tensor = pool["up_in"]
-        fast = gpu_function("low_rank_apply", tensor.device.type, tensor.dtype)
+        fast = function("low_rank_apply", tensor.device.type, tensor.dtype)
         if fast is not None:
             return _grouped(fast, start, pool, spans)
 

@@ -70,10 +70,10 @@ class SelfModifying(GatedStreams):
     def scan(self, x: torch.Tensor, state: State, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `UpdateRule.scan`. Whole chunks take the chunk form, the ends the segment form."""
         streams, gate, logits = self.project(x)
-        mixed, window = short_conv(streams, state["window"], self.conv)
         fast = DeltaState(*(state[n] for n in DeltaState._fields))
         dtype = fast.anchor.dtype
-        xq, xk, xv = mixed.to(dtype).view(*x.shape[:2], 3, self.heads, self.head_dim).unbind(2)
+        mixed, window = short_conv(streams.to(dtype), state["window"], self.conv)
+        xq, xk, xv = mixed.view(*x.shape[:2], 3, self.heads, self.head_dim).unbind(2)
         inputs = (xq, xk, xv, logits[..., 0, :].to(dtype), logits[..., 1, :].to(dtype))
         # The kernels decay X towards zero: with retain="zero" that must be M itself, not its deviation.
         shift = self.base.to(dtype) if self.options.retain == "zero" else 0.0

@@ -10,6 +10,7 @@ __all__ = ["as_matrix", "is_matrix", "newton_schulz", "shape_scale"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's Muon: steepest slope at 0, singular values end in [0.7, 1.2]
 NORM_EPS = 1e-7
+LONG = 2  # columns per row from which few products with all columns are worth more products without
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
@@ -25,16 +26,37 @@ def as_matrix(t: torch.Tensor) -> torch.Tensor:
 def newton_schulz(m: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """m [S, rows, columns] -> its nearest (semi-)orthogonal matrix, roughly: singular values near 1, zero stays zero.
 
-    X <- a X + (b A + c A^2) X with A = X X^T, from X = m / ||m||_F.
+    X <- B X with B = a + b A + c A^2, A = X X^T, from X = m / ||m||_F. All B are polynomials of the first A: where rows
+    are long, A <- B A B goes on without them, and X is multiplied once, by the product of all B.
     """
     tall = m.shape[1] > m.shape[2]
     x = m.mT if tall else m
     x = x / (x.square().sum((1, 2), keepdim=True) + NORM_EPS**2).sqrt()
-    a, b, c = QUINTIC
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = _by_gram(x, steps) if x.shape[2] > LONG * x.shape[1] else _by_rows(x, steps)
     return x.mT if tall else x
+
+
+def _polynomial(gram: torch.Tensor) -> torch.Tensor:
+    a, b, c = QUINTIC
+    out = b * gram + c * gram @ gram
+    out.diagonal(dim1=1, dim2=2).add_(a)
+    return out
+
+
+def _by_rows(x: torch.Tensor, steps: int) -> torch.Tensor:
+    for _ in range(steps):
+        x = _polynomial(x @ x.mT) @ x
+    return x
+
+
+def _by_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
+    gram = x @ x.mT
+    product = None
+    for left in reversed(range(steps)):
+        factor = _polynomial(gram)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor if left else gram
+    return x if product is None else product @ x
 
 
 def shape_scale(m: torch.Tensor) -> float:

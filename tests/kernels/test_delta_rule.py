@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -11,15 +12,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_runtime.errors import ConfigError
-from nested_runtime.kernels.delta_rule.chunk import chunk_scan
+from nested_runtime.kernels.delta_rule.chunk import ChunkScan, chunk_scan
 from nested_runtime.kernels.delta_rule.layout import RuleOptions, rows
 from nested_runtime.kernels.delta_rule.reference import reference_scan
 from nested_runtime.kernels.delta_rule.segment import DeltaState, fold, segment
+from nested_runtime.kernels.dispatch import function
 
 EXAMPLES = settings(max_examples=25, deadline=None)
 CHOICES = list(itertools.product(("token", "anchor"), ("start", "zero")))
 EXACT = {"rtol": 0.0, "atol": 1e-9}
+Scan = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 ALPHA = {"usual": 4.0, "keeps all": 40.0, "forgets all": -40.0, "mixed": 0.0}
+
+
+def in_torch(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+    out, new = ChunkScan.apply(*arguments)
+    return out, new
+
+
+HAS_CPP = function("chunk_scan", "cpu", torch.float64) is not None
+in_cpp = pytest.param(chunk_scan, id="cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="no g++ to build with"))
+every_scan = pytest.mark.parametrize("scan", [pytest.param(in_torch, id="torch"), in_cpp])
 
 
 class Data(NamedTuple):
@@ -110,16 +123,17 @@ def live_state(state: DeltaState, done: int) -> torch.Tensor:
     return fold(DeltaState(state.anchor, *(t[:, :done] for t in state[1:]))).anchor if done else state.anchor
 
 
+@every_scan
 @pytest.mark.parametrize(("read", "retain"), CHOICES)
 @EXAMPLES
 @given(st.integers(0, 2**31), st.integers(1, 19), st.integers(1, 7), st.sampled_from(list(ALPHA)), st.booleans())
 def test_chunk_form_equals_the_reference(
-    read: str, retain: str, seed: int, length: int, chunk: int, alpha: str, equal: bool
+    scan: Scan, read: str, retain: str, seed: int, length: int, chunk: int, alpha: str, equal: bool
 ) -> None:
     options = RuleOptions(chunk, read, retain)
     data = draw(seed, length, batch=2, heads=2, alpha=alpha)
     data = near_equal_keys(data) if equal else data
-    out, new = chunk_scan(*data, options)
+    out, new = scan(*data, options)
     expected, live, _ = reference(data, options)
     torch.testing.assert_close(out, expected, **EXACT)
     torch.testing.assert_close(new, live, **EXACT)
@@ -151,11 +165,12 @@ def test_memories_of_the_anchor_decide_inside_a_chunk() -> None:
         assert (a - b).abs().max() > 1e-3
 
 
+@every_scan
 @pytest.mark.parametrize(("read", "retain"), CHOICES)
-def test_gradcheck_of_chunk_scan(read: str, retain: str) -> None:
+def test_gradcheck_of_chunk_scan(scan: Scan, read: str, retain: str) -> None:
     options = RuleOptions(2, read, retain)
     data = [t.requires_grad_() for t in draw(1, 5, dim=2)]
-    assert torch.autograd.gradcheck(lambda *t: chunk_scan(*t, options), data)
+    assert torch.autograd.gradcheck(lambda *t: scan(*t, options), data)
 
 
 @pytest.mark.parametrize(("read", "retain"), CHOICES)
@@ -175,11 +190,12 @@ def test_gradcheck_of_segment(read: str, retain: str, full: bool) -> None:
     assert torch.autograd.gradcheck(run, inputs)
 
 
+@every_scan
 @pytest.mark.parametrize(("read", "retain"), CHOICES)
 @EXAMPLES
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 5))
 def test_hand_written_gradients_equal_autograd_through_segments(
-    read: str, retain: str, seed: int, chunks: int, chunk: int
+    scan: Scan, read: str, retain: str, seed: int, chunks: int, chunk: int
 ) -> None:
     options = RuleOptions(chunk, read, retain)
     length = chunks * chunk
@@ -188,7 +204,7 @@ def test_hand_written_gradients_equal_autograd_through_segments(
     for whole in (True, False):
         data = Data(*(t.requires_grad_() for t in draw(seed, length, batch=2, heads=2)))
         if whole:
-            out, new = chunk_scan(*data, options)
+            out, new = scan(*data, options)
         else:
             out, state, _ = segments(data, options, [1, length // 2])
             new = state.anchor.unflatten(0, (2, 2))
@@ -202,26 +218,29 @@ def test_hand_written_gradients_equal_autograd_through_segments(
             torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_second_derivative_fails_instead_of_being_wrong() -> None:
+@every_scan
+def test_a_second_derivative_fails_instead_of_being_wrong(scan: Scan) -> None:
     data = Data(*(t.requires_grad_() for t in draw(3, 4)))
-    out, _ = chunk_scan(*data, RuleOptions(2))
+    out, _ = scan(*data, RuleOptions(2))
     (grad,) = torch.autograd.grad(out.square().sum(), data.xq, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+@every_scan
+def test_without_gradients_nothing_is_kept(scan: Scan) -> None:
     data = draw(4, 12)
-    out, new = chunk_scan(*data, RuleOptions(4))
+    out, new = scan(*data, RuleOptions(4))
     with torch.no_grad():
-        again, same = chunk_scan(*(t.requires_grad_() for t in data), RuleOptions(4))
+        again, same = scan(*(t.requires_grad_() for t in data), RuleOptions(4))
     assert out.grad_fn is None
     assert torch.equal(out, again)
     assert torch.equal(new, same)
 
 
+@every_scan
 @pytest.mark.parametrize("retain", ["start", "zero"])
-def test_state_stays_bounded_over_ten_thousand_random_tokens(retain: str) -> None:
+def test_state_stays_bounded_over_ten_thousand_random_tokens(scan: Scan, retain: str) -> None:
     """From memories as a model starts with, at its slowest retention; float32 as in serving."""
     torch.manual_seed(0)
     dim, heads, tokens = 16, 2, 10_000
@@ -235,7 +254,7 @@ def test_state_stays_bounded_over_ten_thousand_random_tokens(retain: str) -> Non
     for part in range(0, tokens, 1000):
         inputs = [t[:, part : part + 1000] for t in (*x, eta + 1, alpha + 8)]
         # 1000 is no multiple of 32: every part ends with an unfinished chunk, closed here as if it were full.
-        out, state = chunk_scan(*inputs, base, torch.ones(heads, base.shape[1]), state, RuleOptions(32, retain=retain))
+        out, state = scan(*inputs, base, torch.ones(heads, base.shape[1]), state, RuleOptions(32, retain=retain))
         norms.append(float(state.flatten(2).norm(dim=2).max()))
     assert torch.isfinite(out).all()
     assert max(norms[5:]) < 1.5 * max(norms[:5]), norms

@@ -73,7 +73,7 @@ def test_packed_deltas_of_a_model_come_from_these_kernels(
     exact, found = y.clone(), y.clone()
     with torch.no_grad():
         packed_change(start, pool, spans)("up", x, exact)
-        monkeypatch.setattr("nested_runtime.memory.level.gpu_function", lambda *_: fast_levels.low_rank_apply)
+        monkeypatch.setattr("nested_runtime.memory.level.function", lambda *_: fast_levels.low_rank_apply)
         packed_change(start, pool, spans)("up", x, found)
         assert relative(found, exact) <= 1e-5
         untouched = torch.tensor([0, 1, 19, 20, 22, 23], device=device)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from nested_runtime.kernels.delta_rule.layout import ETA_MAX, NORM_EPS, RuleOptions, rows
-from nested_runtime.kernels.dispatch import gpu_function
+from nested_runtime.kernels.dispatch import function
 
 __all__ = ["ChunkScan", "chunk_scan"]
 
@@ -297,10 +297,10 @@ def chunk_scan(
 
     xq, xk, xv [B, T, H, K]; eta_logit, alpha_logit [B, T, H]; base [H, R, K]; rates [H, R]; state [B, H, R, K].
     Returns outputs [B, T, H, K] and the state after the last token. T need not be a multiple of C (the last chunk is
-    then left unfinished: only valid when nothing follows). On a GPU Triton's kernels run it where `dispatch` allows.
+    then left unfinished: only valid when nothing follows). Triton's or C++ kernels run it where `dispatch` allows.
     """
     with torch.autocast(xq.device.type, enabled=False):  # memories stay in their own precision
-        fast = gpu_function("chunk_scan", xq.device.type, xq.dtype)
+        fast = function("chunk_scan", xq.device.type, xq.dtype)
         if fast is not None:
             out, new = fast(xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options=options)
             return out, new

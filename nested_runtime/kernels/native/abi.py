@@ -19,6 +19,7 @@ __all__ = [
     "Memory",
     "Packed",
     "Rule",
+    "Scan",
     "Shape",
     "Table",
     "Weight",
@@ -58,17 +59,24 @@ Layer = _structure(
     "Layer", w_in=Weight, w_out=Weight, up=Weight, down=Weight,
     norm_memory=c_void_p, norm_cms=c_void_p, norm_read=c_void_p, conv=c_void_p, memory=Memory,
 )  # fmt: skip
+SCAN = ("xq", "xk", "xv", "eta", "alpha", "base", "rates", "state", "anchors", "out", "d_out", "d_xq", "d_xk", "d_xv",
+        "d_eta", "d_alpha", "d_base", "d_rates")  # fmt: skip
+Scan = _structure("Scan", **dict.fromkeys(SCAN, c_void_p), sequences=c_int32, tokens=c_int32, heads=c_int32)
+
+RESULTS: dict[str, dict[str, Any]] = {  # that are no int32
+    "stack": {"stack": c_int64, "stack_scratch": c_size_t, "rule_scratch": c_size_t, "packed_size": c_size_t},
+    "train": {"scan_scratch": c_size_t},
+}
 
 
 @cache
-def load(dtype: torch.dtype) -> CDLL:
-    """The library for memories of `dtype`; ImportError where there is none."""
+def load(dtype: torch.dtype, source: str = "stack") -> CDLL:
+    """The library of `source`, "stack" or "train", for memories of `dtype`; ImportError where there is none."""
     if dtype not in SCALARS:
         raise ImportError(f"the C++ kernels know no memories of {dtype}")
-    found = library(SCALARS[dtype])
-    found.stack.restype = c_int64
-    for name in ("stack_scratch", "rule_scratch", "packed_size"):
-        getattr(found, name).restype = c_size_t
+    found = library(source, SCALARS[dtype])
+    for name, kind in RESULTS[source].items():
+        getattr(found, name).restype = kind
     return found
 
 

@@ -25,19 +25,19 @@ SECONDS = 300
 
 
 @cache
-def library(scalar: str) -> ctypes.CDLL:
-    """The kernels for memories of `scalar` ("float" or "double"); ImportError where they cannot be built."""
+def library(source: str, scalar: str) -> ctypes.CDLL:
+    """`source`.cpp built for memories of `scalar`, "float" or "double"; ImportError where it cannot be built."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise ImportError("there is no g++ to build the C++ kernels with; install it, or use NESTED_KERNELS=numba")
-    name = f"{scalar}-{_digest(compiler)}.so"
+    name = f"{source}-{scalar}-{_digest(compiler)}.so"
     try:
         folder = _folder()
         path = folder / name
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                _build(compiler, scalar, path)
+                _build(compiler, source, scalar, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"the C++ kernels cannot be kept or loaded: {error}") from error
@@ -82,10 +82,10 @@ def _folder() -> Path:
     return folder
 
 
-def _build(compiler: str, scalar: str, path: Path) -> None:
+def _build(compiler: str, source: str, scalar: str, path: Path) -> None:
     """Compile beside the target and move it there, so that nobody ever loads half a file."""
     part = path.with_suffix(".part")
-    command = [compiler, *FLAGS, f"-DSCALAR={scalar}", str(HERE / "stack.cpp"), "-o", str(part)]
+    command = [compiler, *FLAGS, f"-DSCALAR={scalar}", str(HERE / f"{source}.cpp"), "-o", str(part)]
     done = subprocess.run(  # noqa: S603 - our own source, found beside this file
         command, capture_output=True, text=True, check=False, timeout=SECONDS
     )
