@@ -24,10 +24,13 @@ __all__ = ["KernelConfig", "Kernels", "choose", "function", "packed_kernels"]
 DEVICES = {"native": "cpu", "numba": "cpu", "triton": "cuda"}  # the first that works is chosen
 BOTH = (torch.float32, torch.float64)
 DTYPES = {"native": BOTH, "numba": BOTH, "triton": (torch.float32,)}
-FUNCTIONS = {  # beside the pair, by device: a differentiable scan of whole chunks, low-rank deltas of sessions in slots
-    ("chunk_scan", "cpu"): ("native", "delta_rule.native_train", BOTH),
-    ("chunk_scan", "cuda"): ("triton", "delta_rule.triton_train", (torch.float32, torch.bfloat16)),
-    ("low_rank_apply", "cuda"): ("triton", "levels.triton", (torch.float32,)),
+# Beside the pair, by device: a differentiable scan of whole chunks, low-rank deltas of many sessions in slots.
+FUNCTIONS: dict[str, dict[str, tuple[str, str, tuple[torch.dtype, ...]]]] = {
+    "chunk_scan": {
+        "cpu": ("native", "delta_rule.native_train", BOTH),
+        "cuda": ("triton", "delta_rule.triton_train", (torch.float32, torch.bfloat16)),
+    },
+    "low_rank_apply": {"cuda": ("triton", "levels.triton", (torch.float32,))},
 }
 
 
@@ -79,7 +82,7 @@ def function(name: str, device: str, dtype: torch.dtype) -> Callable[..., Any] |
 
     ConfigError where NESTED_KERNELS names those kernels and tensors they could serve cannot have them.
     """
-    kernels, module, dtypes = FUNCTIONS.get((name, device), ("", "", ()))
+    kernels, module, dtypes = FUNCTIONS[name].get(device, ("", "", ()))
     wanted = KernelConfig(**from_environment(KernelConfig)).kernels
     if dtype not in dtypes or wanted not in ("auto", kernels):
         return None

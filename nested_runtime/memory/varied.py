@@ -88,10 +88,10 @@ class VariedSelfModifying(SelfModifying):
     def scan(self, x: torch.Tensor, state: State, position: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `UpdateRule.scan`."""
         streams, gate, logits = self.project(x)
-        mixed, window = short_conv(streams, state["window"], self.conv)
         dtype, batch = state["live"].dtype, x.shape[0]
+        mixed, window = short_conv(streams.to(dtype), state["window"], self.conv)
         shape = (*x.shape[:2], 3, self.heads, self.head_dim)
-        fields = [*mixed.to(dtype).view(shape).unbind(2), *logits.to(dtype).unbind(2)]
+        fields = [*mixed.view(shape).unbind(2), *logits.to(dtype).unbind(2)]
         if self.has_momentum:
             fields.append((x @ self.w_mu.t().to(x.dtype)).to(dtype) + self.mu_bias.to(dtype))
         inputs = [t.transpose(1, 2).flatten(0, 1) for t in fields]

@@ -11,6 +11,7 @@ __all__ = ["as_matrix", "is_matrix", "newton_schulz", "shape_scale"]
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's Muon: steepest slope at 0, singular values end in [0.7, 1.2]
 NORM_EPS = 1e-7
 LONG = 2  # columns per row from which few products with all columns are worth more products without
+RUN = 5  # iterations without them: rounding below an eigenvalue of 0 grows twelvefold in each
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
@@ -30,9 +31,14 @@ def newton_schulz(m: torch.Tensor, steps: int = 5) -> torch.Tensor:
     are long, A <- B A B goes on without them, and X is multiplied once, by the product of all B.
     """
     tall = m.shape[1] > m.shape[2]
-    x = m.mT if tall else m
-    x = x / (x.square().sum((1, 2), keepdim=True) + NORM_EPS**2).sqrt()
-    x = _by_gram(x, steps) if x.shape[2] > LONG * x.shape[1] else _by_rows(x, steps)
+    with torch.autocast(m.device.type, enabled=False):
+        x = m.mT if tall else m
+        x = x / (x.square().sum((1, 2), keepdim=True) + NORM_EPS**2).sqrt()
+        if x.shape[2] > LONG * x.shape[1] and x.dtype in (torch.float32, torch.float64):
+            for begin in range(0, steps, RUN):
+                x = _by_gram(x, min(RUN, steps - begin))
+        else:
+            x = _by_rows(x, steps)
     return x.mT if tall else x
 
 
@@ -51,12 +57,12 @@ def _by_rows(x: torch.Tensor, steps: int) -> torch.Tensor:
 
 def _by_gram(x: torch.Tensor, steps: int) -> torch.Tensor:
     gram = x @ x.mT
-    product = None
-    for left in reversed(range(steps)):
+    factor = product = _polynomial(gram)
+    for _ in range(steps - 1):
+        gram = factor @ gram @ factor
         factor = _polynomial(gram)
-        product = factor if product is None else factor @ product
-        gram = factor @ gram @ factor if left else gram
-    return x if product is None else product @ x
+        product = factor @ product
+    return product @ x
 
 
 def shape_scale(m: torch.Tensor) -> float:

@@ -44,4 +44,4 @@ def copy_blocks(loaded: LoadedModel, originals: Sequence[int]) -> LoadedModel:
         for name, tensor in model.blocks[block].state_dict().items():
             state[f"blocks.{place}.{name}"] = torch.zeros_like(tensor) if silent and name in SILENT else tensor
     deeper.load_state_dict(state)
-    return replace(loaded, model=deeper, config={**loaded.config, "blocks": len(sources)})
+    return replace(loaded, model=deeper, config={**loaded.config, "blocks": len(sources)}, fingerprint="")

@@ -6,19 +6,22 @@ Equal to the reference and to autograd at small sizes: test_delta_rule.py.
 from __future__ import annotations
 
 import itertools
-import shutil
+from typing import Any
 
 import pytest
 import torch
 
 from nested_runtime.errors import ConfigError
+from nested_runtime.kernels.delta_rule import chunk as dispatching
+from nested_runtime.kernels.delta_rule import native_train
 from nested_runtime.kernels.delta_rule.chunk import ChunkScan
 from nested_runtime.kernels.delta_rule.layout import RuleOptions
 from nested_runtime.kernels.delta_rule.native_train import chunk_scan
 from nested_runtime.kernels.dispatch import function
 from nested_runtime.memory.self_modifying import SelfModifying
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the C++ kernels with")
+HAS_CPP = function("chunk_scan", "cpu", torch.float64) is not None
+pytestmark = pytest.mark.skipif(not HAS_CPP, reason="no g++ to build the C++ kernels with")
 
 CHOICES = list(itertools.product(("token", "anchor"), ("start", "zero")))
 SIZES = [(64, 32, 80), (22, 5, 13), (16, 40, 100), (1, 1, 3)]  # K, C, T; the last chunk is unfinished in most
@@ -76,6 +79,64 @@ def test_a_nan_stays_in_its_sequence(dim: int, chunk: int, length: int) -> None:
     torch.testing.assert_close((out[1], new[1]), (expected[0][1], expected[1][1]), rtol=0, atol=0)
     for found, same in zip((*gradients[:5], gradients[7]), (*expected[2:7], expected[9]), strict=True):
         torch.testing.assert_close(found[1], same[1], rtol=0, atol=0)
+
+
+def test_threads_share_heads_and_change_nothing() -> None:
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(results(True, draw(22, 13), RuleOptions(5)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+def test_states_of_chunks_are_kept_for_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    run = native_train._run
+
+    def spy(direction: str, options: RuleOptions, tensors: Any) -> None:
+        kept.append("anchors" in tensors)
+        run(direction, options, tensors)
+
+    monkeypatch.setattr(native_train, "_run", spy)
+    data = [t.detach().requires_grad_() for t in draw(4, 12)]
+    dispatching.chunk_scan(*data, RuleOptions(4))
+    with torch.no_grad():
+        dispatching.chunk_scan(*data, RuleOptions(4))
+    dispatching.chunk_scan(*(t.detach() for t in data), RuleOptions(4))
+    assert kept == [True, False, False]
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)], ids=["no sequences", "no tokens"])
+def test_nothing_to_read(shape: tuple[int, int]) -> None:
+    batch, length = shape
+    data = [t[:batch, :length] if i < 5 else t for i, t in enumerate(draw(4, 8))]
+    data[7] = data[7][:batch]
+    out, new, *gradients = results(True, data, RuleOptions(4))
+    assert out.numel() == 0
+    assert torch.equal(new, data[7])
+    assert not gradients[5].any()
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (1, lambda t: t[:, :-1]),
+        (3, lambda t: t.unsqueeze(-1)),
+        (5, lambda t: t[:, :-1]),
+        (6, lambda t: t[:, :-1]),
+        (7, lambda t: t.float()),
+    ],
+)
+def test_what_does_not_fit_is_named(place: int, wrong: Any) -> None:
+    data = draw(4, 8)
+    data[place] = wrong(data[place])
+    name = ("xq", "xk", "xv", "eta", "alpha", "base", "rates", "state")[place]
+    with pytest.raises(ValueError, match=rf"^{name} is .* it must be"):
+        chunk_scan(*data, options=RuleOptions(4))
 
 
 def test_a_layer_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nested_runtime.errors import ConfigError
 from nested_runtime.optim.base import InnerRule, build_rule
-from nested_runtime.optim.matrices import newton_schulz
+from nested_runtime.optim.matrices import _by_rows, newton_schulz
 
 EXAMPLES = settings(max_examples=15, deadline=None)
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -89,6 +89,20 @@ def test_adams_moments_are_discounted_regressions() -> None:
         root = torch.tensor([beta ** (6 - i) for i in range(7)], dtype=torch.float64).sqrt()[:, None]
         fit = torch.linalg.lstsq(root, root * values[:, 0]).solution[0]
         torch.testing.assert_close(state[name][0] / (1 - beta**7), fit, **EXACT)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 12])
+@pytest.mark.parametrize("rank", [1, 8, 32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_newton_schulz_of_long_rows_is_nearly_as_exact(steps: int, rank: int, autocast: bool) -> None:
+    """Where rows are long it iterates on the Gram matrix, whose rounding must not grow more than that of the rows."""
+    g = torch.Generator().manual_seed(rank)
+    m = torch.randn(2, 32, rank, generator=g) @ torch.randn(2, rank, 128, generator=g)
+    expected, rows = (_by_rows(t / t.flatten(1).norm(dim=1)[:, None, None], steps) for t in (m.double(), m))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = newton_schulz(m, steps)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= 4 * (rows - expected).norm() + 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])

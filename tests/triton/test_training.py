@@ -109,6 +109,6 @@ def test_which_tensors_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert choose("cuda", dtype) is chunk_scan
     assert choose("cuda", torch.float64) is None
-    assert choose("cpu", torch.float32) is not chunk_scan
+    assert choose("cpu", torch.bfloat16) is None
     monkeypatch.setenv("NESTED_KERNELS", "reference")
     assert choose("cuda", torch.float32) is None

@@ -299,12 +299,13 @@ def chunk_scan(
     Returns outputs [B, T, H, K] and the state after the last token. T need not be a multiple of C (the last chunk is
     then left unfinished: only valid when nothing follows). Triton's or C++ kernels run it where `dispatch` allows.
     """
+    tensors = [xq, xk, xv, eta_logit, alpha_logit, base, rates, state]
+    if not torch.is_grad_enabled():  # a Function is not told, and would keep what its backward needs
+        tensors = [tensor.detach() for tensor in tensors]
     with torch.autocast(xq.device.type, enabled=False):  # memories stay in their own precision
         fast = function("chunk_scan", xq.device.type, xq.dtype)
         if fast is not None:
-            out, new = fast(xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options=options)
+            out, new = fast(*tensors, options=options)
             return out, new
-        out, new = ChunkScan.apply(  # type: ignore[no-untyped-call]
-            xq, xk, xv, eta_logit, alpha_logit, base, rates, state, options
-        )
+        out, new = ChunkScan.apply(*tensors, options)  # type: ignore[no-untyped-call]
     return out, new

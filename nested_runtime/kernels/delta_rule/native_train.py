@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import byref, c_void_p
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ def _run(direction: str, options: RuleOptions, tensors: Mapping[str, torch.Tenso
     """`direction`: "forward" or "backward"; tensors by their names in the structure, contiguous."""
     xq = tensors["xq"]
     batch, length, heads, dim = xq.shape
-    library, rule = load(xq.dtype, "train"), rule_of(dim, options)
-    scratch = torch.empty(library.scan_scratch(byref(rule)), dtype=xq.dtype)
+    library = load(xq.dtype, "train")
+    rule = rule_of(dim, replace(options, chunk=min(options.chunk, max(length, 1))))  # scratch grows with the chunk
+    threads = min(torch.get_num_threads(), heads)
+    scratch = xq.new_empty(threads * library.scan_scratch(byref(rule)))
     pointers = {name: address(tensor) for name, tensor in tensors.items()}
     scan = Scan(**pointers, sequences=batch, tokens=length, heads=heads)
-    getattr(library, f"scan_{direction}")(byref(rule), byref(scan), c_void_p(address(scratch)))
+    getattr(library, f"scan_{direction}")(byref(rule), byref(scan), c_void_p(address(scratch)), threads)
 
 
 class _Scan(torch.autograd.Function):
@@ -57,7 +60,28 @@ class _Scan(torch.autograd.Function):
         return *d_inputs, None if is_shifted else d_base, d_rates, d_state, None
 
 
+def _check(tensors: Sequence[torch.Tensor]) -> None:
+    """ValueError for what C++ would read beyond its end."""
+    xq = tensors[0]
+    batch, length, heads, dim = xq.shape
+    rows = 3 * dim + 2
+    shapes = [
+        *[xq.shape] * 3,
+        *[(batch, length, heads)] * 2,
+        (heads, rows, dim),
+        (heads, rows),
+        (batch, heads, rows, dim),
+    ]
+    for name, tensor, shape in zip((*INPUTS, "base", "rates", "state"), tensors, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype != xq.dtype:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} of {tensor.dtype}; beside xq, {tuple(xq.shape)} of {xq.dtype}, "
+                f"it must be {tuple(shape)} of the same type"
+            )
+
+
 def chunk_scan(*tensors: torch.Tensor, options: RuleOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `chunk.chunk_scan`: same tensors in its order."""
+    """See `chunk.chunk_scan`: same tensors in its order, of one type; heads are shared among torch's threads."""
+    _check(tensors)
     out, new = _Scan.apply(*tensors, options)  # type: ignore[no-untyped-call]
     return out, new

@@ -20,7 +20,17 @@ from pathlib import Path
 __all__ = ["library"]
 
 HERE = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-Wno-psabi")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wno-psabi",
+)
 SECONDS = 300
 
 
@@ -30,8 +40,8 @@ def library(source: str, scalar: str) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise ImportError("there is no g++ to build the C++ kernels with; install it, or use NESTED_KERNELS=numba")
-    name = f"{source}-{scalar}-{_digest(compiler)}.so"
     try:
+        name = f"{source}-{scalar}-{_digest(compiler)}.so"
         folder = _folder()
         path = folder / name
         with (folder / "lock").open("w") as lock:
@@ -39,8 +49,8 @@ def library(source: str, scalar: str) -> ctypes.CDLL:
             if not path.exists():
                 _build(compiler, source, scalar, path)
         return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ImportError(f"the C++ kernels cannot be kept or loaded: {error}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ImportError(f"the C++ kernels cannot be built, kept or loaded: {error}") from error
 
 
 def _sources() -> list[Path]:

@@ -1,12 +1,14 @@
 // Training: the rule over whole sequences from a chunk's boundary, forward and backward, head by head.
 // Equations and order are those of ../delta_rule/chunk.py; a chunk's backward computes its forward again from X_0.
 //
-// Rows of every array are padded with zeros to whole vectors; of those of C values the columns behind the chunk's last
-// whole vector are what an earlier chunk left, and nothing reads them. With C = 32 and K = 64 all of it stays in the
-// second cache.
+// Rows of every array are padded to whole vectors, with zeros where a sum or a product goes over them. Of rows of C
+// values the columns behind the chunk's last whole vector are what an earlier chunk left, perhaps of a sequence that
+// diverged: nothing reads them. With C = 32 and K = 64 a head's arrays have 0.9 MB in float32.
 #pragma once
 
 #include <algorithm>
+#include <thread>
+#include <vector>
 
 #include "gemm.h"
 #include "rule.h"
@@ -18,7 +20,7 @@ struct Scan {
     const T *eta, *alpha;       // logits [B, T, H]
     const T *base, *rates;      // [H, R, K], [H, R]
     T *state;                   // X [B, H, R, K]; forward: replaced by the last; backward: its gradient, likewise
-    T *anchors;                 // X_0 of every chunk [B, H, T / C, R, K]
+    T *anchors;                 // X_0 of every chunk [B, H, ceil(T / C), R, K]
     T *out;                     // [B, T, H, K]
     const T *d_out;
     T *d_xq, *d_xk, *d_xv, *d_eta, *d_alpha;
@@ -101,7 +103,6 @@ void transposed(const T *x, size_t row, int rows, int columns, T *y, size_t y_ro
 
 template <class T>
 struct HeadScan {
-    Rule rule;
     int dim, rows, mem, wide, tall, side;  // K, R, first row of the main memory; elements of a row of K, R and C values
     size_t chunk;
     bool is_token, from_start;
@@ -123,7 +124,7 @@ struct HeadScan {
     T *dg, *dg_before, *d_eta, *column;                    // [C]
 
     explicit HeadScan(const Rule &r)
-        : rule(r), dim(r.dim), rows(r.rows()), mem(r.mem()), wide(rounded_up(r.dim, LANES<T>)),
+        : dim(r.dim), rows(r.rows()), mem(r.mem()), wide(rounded_up(r.dim, LANES<T>)),
           tall(rounded_up(r.rows(), LANES<T>) + LANES<T>), side(rounded_up(r.chunk, LANES<T>)), chunk(r.chunk),
           is_token(r.token), from_start(!r.whole) {}
 
@@ -131,7 +132,7 @@ struct HeadScan {
     size_t place(T *p) {
         size_t used = 0;
         auto take = [&](size_t count) {
-            T *begin = p + used;
+            T *begin = p ? p + used : nullptr;
             used += count;
             return begin;
         };
@@ -208,6 +209,8 @@ struct HeadScan {
         size_t first, stride, gates, gate_stride;  // of the chunk's first token in [B, T, H, K] and [B, T, H]
     };
 
+    size_t chunks_of(const Scan<T> &s) const { return (s.tokens + chunk - 1) / chunk; }
+
     Place place_of(const Scan<T> &s, int b, int h, int t) const {
         const size_t token = (size_t(b) * s.tokens + t) * s.heads + h;
         return {token * dim, size_t(s.heads) * dim, token, size_t(s.heads)};
@@ -236,7 +239,6 @@ struct HeadScan {
     void forward(const Scan<T> &s, const Place &at, int n) {
         gather(s.xq, at, n, xq), gather(s.xk, at, n, xk), gather(s.xv, at, n, xv);
         transposed(x, wide, rows, dim, x_t, tall);
-        sums_of(x, start, rows * wide, m);
         sums_of(x_t, start_t, dim * tall, m_t);
         generate(s, at, n);
         product<T, To::SET>(of(u, wide), n, m_t, tall, dim, rows, target, tall);
@@ -338,6 +340,7 @@ struct HeadScan {
     // `dx`: gradient of the next X, then that of X_0
     void backward(const Scan<T> &s, const Place &at, int n) {
         forward(s, at, n);
+        sums_of(x, start, rows * wide, m);
         gather(s.d_out, at, n, d_out);
         transposed(d, tall, n, rows, d_t, side);
         std::fill_n(dm, size_t(rows) * wide, T(0));
@@ -504,46 +507,56 @@ size_t train_scratch(const Rule &rule) {
 }
 
 template <class T>
-void train_forward(const Rule &rule, const Scan<T> &s, T *scratch) {
-    HeadScan<T> work(rule);
-    std::fill_n(scratch, work.place(scratch), T(0));
-    const size_t size = size_t(rule.rows()) * rule.dim, chunks = (s.tokens + rule.chunk - 1) / rule.chunk;
-    for (int h = 0; h < s.heads; h++) {
-        work.enter_head(s, h);
-        for (int b = 0; b < s.sequences; b++) {
-            const size_t head = size_t(b) * s.heads + h;
-            work.widen(s.state + head * size, rule.rows(), work.x);
-            for (size_t c = 0; c < chunks; c++) {
-                const int begin = int(c) * rule.chunk, n = std::min(rule.chunk, s.tokens - begin);
-                const auto at = work.place_of(s, b, h, begin);
-                if (s.anchors) work.narrow(work.x, rule.rows(), s.anchors + (head * chunks + c) * size);
-                work.forward(s, at, n);
-                work.scatter(work.out, at, n, s.out);
-                work.carry(n);
-            }
-            work.narrow(work.x, rule.rows(), s.state + head * size);
+void forward_head(HeadScan<T> &work, const Scan<T> &s, int h) {
+    const size_t size = size_t(work.rows) * work.dim, chunks = work.chunks_of(s);
+    for (int b = 0; b < s.sequences; b++) {
+        const size_t head = size_t(b) * s.heads + h;
+        work.widen(s.state + head * size, work.rows, work.x);
+        for (size_t c = 0; c < chunks; c++) {
+            const int begin = int(c * work.chunk), n = std::min(int(work.chunk), s.tokens - begin);
+            const auto at = work.place_of(s, b, h, begin);
+            if (s.anchors) work.narrow(work.x, work.rows, s.anchors + (head * chunks + c) * size);
+            work.forward(s, at, n);
+            work.scatter(work.out, at, n, s.out);
+            work.carry(n);
         }
+        work.narrow(work.x, work.rows, s.state + head * size);
     }
 }
 
 template <class T>
-void train_backward(const Rule &rule, const Scan<T> &s, T *scratch) {
-    HeadScan<T> work(rule);
-    std::fill_n(scratch, work.place(scratch), T(0));
-    const size_t size = size_t(rule.rows()) * rule.dim, chunks = (s.tokens + rule.chunk - 1) / rule.chunk;
-    for (int h = 0; h < s.heads; h++) {
-        work.enter_head(s, h);
-        for (int b = 0; b < s.sequences; b++) {
-            const size_t head = size_t(b) * s.heads + h;
-            work.widen(s.state + head * size, rule.rows(), work.dx);
-            for (size_t c = chunks; c-- > 0;) {
-                const int begin = int(c) * rule.chunk, n = std::min(rule.chunk, s.tokens - begin);
-                work.widen(s.anchors + (head * chunks + c) * size, rule.rows(), work.x);
-                work.backward(s, work.place_of(s, b, h, begin), n);
-            }
-            work.narrow(work.dx, rule.rows(), s.state + head * size);
+void backward_head(HeadScan<T> &work, const Scan<T> &s, int h) {
+    const size_t size = size_t(work.rows) * work.dim, chunks = work.chunks_of(s);
+    for (int b = 0; b < s.sequences; b++) {
+        const size_t head = size_t(b) * s.heads + h;
+        work.widen(s.state + head * size, work.rows, work.dx);
+        for (size_t c = chunks; c-- > 0;) {
+            const int begin = int(c * work.chunk), n = std::min(int(work.chunk), s.tokens - begin);
+            work.widen(s.anchors + (head * chunks + c) * size, work.rows, work.x);
+            work.backward(s, work.place_of(s, b, h, begin), n);
         }
-        work.narrow(work.d_start, rule.rows(), s.d_base + size_t(h) * size);
-        std::copy_n(work.d_rates, rule.rows(), s.d_rates + size_t(h) * rule.rows());
+        work.narrow(work.dx, work.rows, s.state + head * size);
     }
+    work.narrow(work.d_start, work.rows, s.d_base + size_t(h) * size);
+    std::copy_n(work.d_rates, work.rows, s.d_rates + size_t(h) * work.rows);
+}
+
+// Heads in turn to each thread: their gradients do not meet, so results do not depend on the number of threads.
+template <class T, void HEAD(HeadScan<T> &, const Scan<T> &, int)>
+void train(const Rule &rule, const Scan<T> &s, T *scratch, int threads) {
+    auto share = [&](int first) {
+        HeadScan<T> work(rule);
+        const size_t size = work.place(nullptr);
+        T *own = scratch + first * size;
+        std::fill_n(own, size, T(0));
+        work.place(own);
+        for (int h = first; h < s.heads; h += threads) {
+            work.enter_head(s, h);
+            HEAD(work, s, h);
+        }
+    };
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; t++) others.emplace_back(share, t);
+    share(0);
+    for (std::thread &other : others) other.join();
 }
