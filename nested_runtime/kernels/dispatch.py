@@ -3,7 +3,7 @@
 `NESTED_KERNELS` = auto (default), reference, native, numba or triton. "reference" is the torch path of `UpdateRule`;
 native (C++, where there is a g++) and numba serve CPU tensors, triton CUDA tensors. An implementation is a pair of
 modules `short_conv/<name>.py` and `delta_rule/<name>.py` with `packed_conv` and `packed_scan`; native also runs whole
-stacks of blocks (`native/stack.py`).
+stacks of blocks (`native/stack.py`). What training uses beside it is in `FUNCTIONS`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def function(name: str, device: str, dtype: torch.dtype) -> Callable[..., Any] |
         found: Callable[..., Any] = getattr(import_module(f"nested_runtime.kernels.{module}"), name)
     except ImportError as error:
         if wanted == kernels:
-            raise ConfigError(f"NESTED_KERNELS={kernels} cannot be used: {error}; unset it or install it") from error
+            raise ConfigError(f"NESTED_KERNELS={kernels} cannot be used: {error}; unset it") from error
         return None
     return found
 

@@ -1,8 +1,9 @@
 """A deeper model from a trained one, by copies of blocks that add nothing yet.
 
-Block expansion (Wu et al. 2024, LLaMA Pro, arXiv 2401.02415, section 3.1): a copy stands behind its original, and its
-memory and its MLP both put zero into the stream. The deeper model computes what the trained one does, and what the
-copies are for is learned from there. States do not go from one to the other: a session has the copies' memories too.
+Block expansion (Wu et al. 2024, LLaMA Pro, arXiv 2401.02415): a copy stands behind its original, and its memory and its
+MLP both put zero into the stream. The deeper model computes what the trained one does, and what the copies are for is
+learned from there; unlike there the originals go on learning. States do not go from one to the other: a session has the
+copies' memories too.
 """
 
 from __future__ import annotations

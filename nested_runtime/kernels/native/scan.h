@@ -205,6 +205,11 @@ struct HeadScan {
         sweep(rows, [&](int c) { store(rates + c, load_some(s.rates + size_t(h) * rows + c, rows - c)); });
     }
 
+    void leave_head(const Scan<T> &s, int h) const {
+        narrow(d_start, rows, s.d_base + size_t(h) * rows * dim);
+        std::copy_n(d_rates, rows, s.d_rates + size_t(h) * rows);
+    }
+
     struct Place {
         size_t first, stride, gates, gate_stride;  // of the chunk's first token in [B, T, H, K] and [B, T, H]
     };
@@ -506,43 +511,36 @@ size_t train_scratch(const Rule &rule) {
     return work.place(nullptr);
 }
 
+// One head of one sequence, through all chunks.
 template <class T>
-void forward_head(HeadScan<T> &work, const Scan<T> &s, int h) {
-    const size_t size = size_t(work.rows) * work.dim, chunks = work.chunks_of(s);
-    for (int b = 0; b < s.sequences; b++) {
-        const size_t head = size_t(b) * s.heads + h;
-        work.widen(s.state + head * size, work.rows, work.x);
-        for (size_t c = 0; c < chunks; c++) {
-            const int begin = int(c * work.chunk), n = std::min(int(work.chunk), s.tokens - begin);
-            const auto at = work.place_of(s, b, h, begin);
-            if (s.anchors) work.narrow(work.x, work.rows, s.anchors + (head * chunks + c) * size);
-            work.forward(s, at, n);
-            work.scatter(work.out, at, n, s.out);
-            work.carry(n);
-        }
-        work.narrow(work.x, work.rows, s.state + head * size);
+void forward_sequence(HeadScan<T> &work, const Scan<T> &s, int b, int h) {
+    const size_t size = size_t(work.rows) * work.dim, chunks = work.chunks_of(s), head = size_t(b) * s.heads + h;
+    work.widen(s.state + head * size, work.rows, work.x);
+    for (size_t c = 0; c < chunks; c++) {
+        const int begin = int(c * work.chunk), n = std::min(int(work.chunk), s.tokens - begin);
+        const auto at = work.place_of(s, b, h, begin);
+        if (s.anchors) work.narrow(work.x, work.rows, s.anchors + (head * chunks + c) * size);
+        work.forward(s, at, n);
+        work.scatter(work.out, at, n, s.out);
+        work.carry(n);
     }
+    work.narrow(work.x, work.rows, s.state + head * size);
 }
 
 template <class T>
-void backward_head(HeadScan<T> &work, const Scan<T> &s, int h) {
-    const size_t size = size_t(work.rows) * work.dim, chunks = work.chunks_of(s);
-    for (int b = 0; b < s.sequences; b++) {
-        const size_t head = size_t(b) * s.heads + h;
-        work.widen(s.state + head * size, work.rows, work.dx);
-        for (size_t c = chunks; c-- > 0;) {
-            const int begin = int(c * work.chunk), n = std::min(int(work.chunk), s.tokens - begin);
-            work.widen(s.anchors + (head * chunks + c) * size, work.rows, work.x);
-            work.backward(s, work.place_of(s, b, h, begin), n);
-        }
-        work.narrow(work.dx, work.rows, s.state + head * size);
+void backward_sequence(HeadScan<T> &work, const Scan<T> &s, int b, int h) {
+    const size_t size = size_t(work.rows) * work.dim, chunks = work.chunks_of(s), head = size_t(b) * s.heads + h;
+    work.widen(s.state + head * size, work.rows, work.dx);
+    for (size_t c = chunks; c-- > 0;) {
+        const int begin = int(c * work.chunk), n = std::min(int(work.chunk), s.tokens - begin);
+        work.widen(s.anchors + (head * chunks + c) * size, work.rows, work.x);
+        work.backward(s, work.place_of(s, b, h, begin), n);
     }
-    work.narrow(work.d_start, work.rows, s.d_base + size_t(h) * size);
-    std::copy_n(work.d_rates, work.rows, s.d_rates + size_t(h) * work.rows);
+    work.narrow(work.dx, work.rows, s.state + head * size);
 }
 
 // Heads in turn to each thread: their gradients do not meet, so results do not depend on the number of threads.
-template <class T, void HEAD(HeadScan<T> &, const Scan<T> &, int)>
+template <class T, void SEQUENCE(HeadScan<T> &, const Scan<T> &, int, int)>
 void train(const Rule &rule, const Scan<T> &s, T *scratch, int threads) {
     auto share = [&](int first) {
         HeadScan<T> work(rule);
@@ -552,7 +550,8 @@ void train(const Rule &rule, const Scan<T> &s, T *scratch, int threads) {
         work.place(own);
         for (int h = first; h < s.heads; h += threads) {
             work.enter_head(s, h);
-            HEAD(work, s, h);
+            for (int b = 0; b < s.sequences; b++) SEQUENCE(work, s, b, h);
+            if (s.d_base) work.leave_head(s, h);
         }
     };
     std::vector<std::thread> others;
