@@ -25,6 +25,7 @@ from nested_runtime.models.loading import build, save_model
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.checkpoint import load_run, save_run
 from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture
+from nested_runtime.train.heap import EVERY, trim
 from nested_runtime.train.muon import Muon
 from nested_runtime.train.quiet import Quiet
 from nested_runtime.train.start import train_only_levels
@@ -222,6 +223,8 @@ class Trainer:
         started, first = time.time(), self.step
         while self.step < self.steps:
             record = self.train_step()
+            if self.step % EVERY == 0:
+                trim()
             record |= {"step": self.step, "tokens": self.step * self.per_step}
             record["tokens_per_s"] = (self.step - first) * self.per_step / (time.time() - started)
             if self.step % self.config.eval_every == 0 or self.step == self.steps:
