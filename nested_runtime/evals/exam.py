@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nested_runtime.errors import ConfigError
 from nested_runtime.evals.invented import InventedWriter
+from nested_runtime.evals.wording import holds
 from nested_runtime.train.data import CHAT_FILES, documents
 from nested_runtime.train.dialogues import DialogueSpec, ExhaustedError, Fact, Message, Weights, Writer, mentions
 from nested_runtime.train.messages import ProbeKind
@@ -54,6 +55,16 @@ class Question:
     family: str  # "generic": an open key; "toml": a relation with phrasings of its own
     value_kind: str
     reference: Message  # an answer as training would have it, the value in a span of its own
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """The values that no right answer names: older ones; of what was never told, all."""
+        return self.told if self.kind == "unknown" else self.outdated
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether even the reference names one of them: "what color", where "color" is a value told."""
+        return any(holds(self.reference.content, value) for value in self.wrong)
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,8 @@ class Examiner:
         questions = tuple(_question(writer, fact) for fact in asked)
         if any(mentions(q.text.lower(), value) for q in questions for value in writer.taken):
             raise ExhaustedError("a question names a value")
+        if any(q.spoilt for q in questions):
+            raise ExhaustedError("a right answer names a value that makes it wrong")
         return Exam(tellings, tuple(self._small_talk(writer, plan.filler_tokens)), questions)
 
     def _small_talk(self, writer: Writer, wanted: int) -> Iterator[Exchange]:

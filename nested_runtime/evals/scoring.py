@@ -7,9 +7,10 @@ import math
 import re
 
 from nested_runtime.evals.exam import Question
-from nested_runtime.train.dialogues import mentions, relations
+from nested_runtime.evals.wording import holds, plain
+from nested_runtime.train.dialogues import relations
 
-__all__ = ["holds", "is_right", "says_unknown", "wilson"]
+__all__ = ["is_right", "says_unknown", "wilson"]
 
 CONTRACTIONS = (("don't", "do not"), ("haven't", "have not"), ("didn't", "did not"), ("hasn't", "has not"))
 IN_OTHER_WORDS = (
@@ -26,13 +27,8 @@ IN_OTHER_WORDS = (
 )
 
 
-def _plain(text: str) -> str:
-    """Small letters, straight apostrophes, single blanks."""
-    return re.sub(r"\s+", " ", text.replace("’", "'").lower()).strip()
-
-
 def _expanded(text: str) -> str:
-    text = _plain(text)
+    text = plain(text)
     for short, long in CONTRACTIONS:
         text = text.replace(short, long)
     return text
@@ -52,16 +48,11 @@ def says_unknown(answer: str) -> bool:
     return any(denial in text for denial in denials())
 
 
-def holds(answer: str, value: str) -> bool:
-    """Whether `value`, without its indefinite article, stands in `answer` as whole words; case does not count."""
-    return mentions(_plain(answer), re.sub(r"^an? ", "", _plain(value)))
-
-
 def is_right(question: Question, answer: str) -> bool:
     """The newest value and no older one; for what was never told: says so and names no told value."""
-    if question.kind == "unknown":
-        return says_unknown(answer) and not any(holds(answer, value) for value in question.told)
-    return holds(answer, question.expected) and not any(holds(answer, old) for old in question.outdated)
+    if any(holds(answer, value) for value in question.wrong):
+        return False
+    return says_unknown(answer) if question.kind == "unknown" else holds(answer, question.expected)
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -15,6 +15,6 @@ EVERY = 10  # steps between trims
 
 
 def trim() -> bool:
-    """Return what the allocator holds and nobody uses; False where the C library has no `malloc_trim`."""
+    """Return what the allocator holds and nobody uses; whether there was any. Only glibc has `malloc_trim`."""
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return release is not None and bool(release(0))

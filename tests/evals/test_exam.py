@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nested_runtime.errors import ConfigError
 from nested_runtime.evals.exam import Exam, Examiner, Plan
 from nested_runtime.evals.invented import is_invented
-from nested_runtime.evals.scoring import holds, is_right, says_unknown
+from nested_runtime.evals.scoring import is_right, says_unknown
+from nested_runtime.evals.wording import holds
 from nested_runtime.train.dialogues import mentions, relations
 from nested_runtime.train.values import CLOSED, split_of
 
@@ -124,6 +125,7 @@ def test_a_seed_and_an_index_give_one_exam_and_distance_changes_only_the_small_t
 
 
 @given(SEEDS, st.sampled_from(PLANS))
+@example(962276, PLANS[5])  # "color" is told, and a denial says "what color"
 @settings(max_examples=40, deadline=None)
 def test_the_answers_of_training_are_right(seed: int, plan: Plan) -> None:
     for question in examine(seed, plan).questions:
