@@ -37,6 +37,7 @@ CODAS = (
     ("", "", "b", "d", "g", "l", "m", "n", "rn", "rt", "s", "th", "x", "z"),
     ("", "", "", "n"),
 )
+BLENDED = 0.3  # share of invented words in training that are made of two
 PREPOSITIONS = ("in", "on", "under", "behind", "next to", "near", "inside", "above", "below", "beside", "in front of")
 
 
@@ -62,6 +63,18 @@ def has_lines(name: str) -> bool:
 def words(name: str) -> tuple[str, ...]:
     """The entries of a word file, separated by commas or line ends, without repeats."""
     return tuple(dict.fromkeys(w for line in lines(name) for w in map(str.strip, line.split(",")) if w))
+
+
+@functools.cache
+def _pool(name: str, split: str) -> tuple[str, ...]:
+    """The entries of a word file; training has more of its own."""
+    more = words(f"train_only/{name}") if split == "train" and has_lines(f"train_only/{name}") else ()
+    return tuple(dict.fromkeys((*words(name), *more)))
+
+
+@functools.cache
+def _own(name: str, split: str) -> tuple[str, ...]:
+    return tuple(w for w in _pool(name, split) if split_of(w, "value") == split) or words(name)
 
 
 def invent(rng: random.Random, syllables: int = 0) -> str:
@@ -147,13 +160,12 @@ class Values:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
         self.split = split
-        self._lists: dict[str, tuple[str, ...]] = {}
         plain = {"animal": "animals", "job": "jobs", "hobby": "hobbies", "word": "nouns"}
         names = {"name": "names", "surname": "surnames", "place": "places", "country": "countries"}
         self._draws: dict[str, Draw] = {kind: self._mixed(self._listed(name)) for kind, name in plain.items()}
         self._draws |= {kind: self._mixed(self._listed(name), capital) for kind, name in names.items()}
         self._draws |= {
-            "color": self._mixed(self._color), "food": self._mixed(self._food), "invented": invent,
+            "color": self._mixed(self._color), "food": self._mixed(self._food), "invented": self.invent,
             "fullname": self._fullname, "thing": self._thing, "title": self._title, "phrase": self._phrase,
             "number": _number, "code": _code, "phone": _phone, "date": _date, "time": _time, "price": _price,
             "weekday": lambda r: r.choice(WEEKDAYS), "month": lambda r: r.choice(MONTHS),
@@ -184,9 +196,18 @@ class Values:
 
     def own(self, name: str) -> tuple[str, ...]:
         """The entries of a word file that belong to this split."""
-        if name not in self._lists:
-            self._lists[name] = tuple(w for w in words(name) if split_of(w, "value") == self.split) or words(name)
-        return self._lists[name]
+        return _own(name, self.split)
+
+    def _any_of(self, name: str, rng: random.Random) -> str:
+        """An entry of a word file, of any split: part of a value that belongs to one as a whole."""
+        return rng.choice(_pool(name, self.split))
+
+    def invent(self, rng: random.Random) -> str:
+        """A word that most likely does not exist; in training also the head of one word with the tail of another."""
+        if self.split != "train" or rng.random() > BLENDED:
+            return invent(rng)
+        head, tail = (rng.choice(self.own("nouns")) for _ in range(2))
+        return head[: rng.randint(2, len(head))] + tail[-rng.randint(2, len(tail)) :]
 
     def _listed(self, name: str) -> Draw:
         entries = self.own(name)
@@ -201,18 +222,18 @@ class Values:
         def draw(rng: random.Random) -> str:
             chance = rng.random()
             if chance < 0.35:
-                return style(invent(rng))
+                return style(self.invent(rng))
             return style(rng.choice(common)) if chance < 0.5 else listed(rng)
 
         return draw
 
     def _phrase(self, rng: random.Random) -> str:
-        return f"{rng.choice(words('adjectives'))} {rng.choice(words('nouns'))}"
+        return f"{self._any_of('adjectives', rng)} {self._any_of('nouns', rng)}"
 
     def _thing(self, rng: random.Random) -> str:
         chance = rng.random()
         if chance < 0.2:
-            return article(f"{rng.choice(words('adjectives'))} {invent(rng)}")
+            return article(f"{self._any_of('adjectives', rng)} {self.invent(rng)}")
         return article(self._phrase(rng) if chance < 0.75 else self.noun(rng))
 
     def noun(self, rng: random.Random) -> str:
@@ -220,20 +241,20 @@ class Values:
         return self.draw("invented", rng) if rng.random() < 0.35 else rng.choice(self.own("nouns"))
 
     def _color(self, rng: random.Random) -> str:
-        color = rng.choice(words("colors"))
+        color = self._any_of("colors", rng)
         return f"{rng.choice(('dark', 'light', 'pale', 'bright', 'deep'))} {color}" if rng.random() < 0.25 else color
 
     def _food(self, rng: random.Random) -> str:
-        food = rng.choice(words("foods"))
+        food = self._any_of("foods", rng)
         return f"{rng.choice(('fried', 'spicy', 'baked', 'fresh', 'grilled'))} {food}" if rng.random() < 0.2 else food
 
     def _fullname(self, rng: random.Random) -> str:
-        first = capital(invent(rng)) if rng.random() < 0.3 else rng.choice(words("names"))
-        return f"{first} {capital(invent(rng)) if rng.random() < 0.4 else rng.choice(words('surnames'))}"
+        first = capital(self.invent(rng)) if rng.random() < 0.3 else self._any_of("names", rng)
+        return f"{first} {capital(self.invent(rng)) if rng.random() < 0.4 else self._any_of('surnames', rng)}"
 
     def _title(self, rng: random.Random) -> str:
-        adjective, noun = capital(rng.choice(words("adjectives"))), capital(rng.choice(words("nouns")))
-        name = capital(invent(rng)) if rng.random() < 0.6 else rng.choice(words("names"))
+        adjective, noun = capital(self._any_of("adjectives", rng)), capital(self._any_of("nouns", rng))
+        name = capital(self.invent(rng)) if rng.random() < 0.6 else self._any_of("names", rng)
         forms = (f"The {adjective} {noun}", f"{adjective} {noun}", f"The {noun} of {name}", name, f"{name} {noun}")
         return rng.choice(forms)
 

@@ -17,6 +17,8 @@ from nested_runtime.train import dialogues, keys, phrasing, values
 SPLITS = values.SPLITS
 SEEDS = st.integers(0, 2**32 - 1)
 STAGES = st.sampled_from([0.0, 0.3, 0.6, 1.0])
+MORE_WORDS = ("adjectives", "animals", "colors", "events", "foods", "hobbies", "jobs", "more_nouns", "names", "nouns",
+              "place_verbs", "places", "surnames", "topics", "verbs")  # fmt: skip
 
 
 def make(seed: int, split: str = "train", n: float = 1.0) -> dialogues.Dialogue:
@@ -155,6 +157,23 @@ def test_decorations_of_training_alone_are_nobody_elses(name: str) -> None:
     kind = name.split("_")[1]
     well_formed = {"prefixes": r"[^ ].* ", "suffixes": r" .*[.!?]", "wrappers": r"[^{}]*\{q\}[^{}]*"}[kind]
     assert [text for text in more if not re.fullmatch(well_formed, text)] == []
+
+
+@pytest.mark.parametrize("name", MORE_WORDS)
+def test_words_of_training_alone_are_nobody_elses(name: str) -> None:
+    more = values.words(f"train_only/{name}")
+    assert [word for word in more if not re.fullmatch(r"[A-Za-z][A-Za-z'.& -]*", word)] == []
+    own = {split: set(values.Values.of(split).own(name)) for split in SPLITS}
+    assert not own["train"] & (own["dev"] | own["test"])
+    assert own["dev"] | own["test"] <= set(values.words(name))
+    assert own["train"] == {w for w in (*values.words(name), *more) if values.split_of(w, "value") == "train"}
+    assert len(own["train"]) > len(values.words(name))
+
+
+def test_training_says_each_thing_in_many_ways() -> None:
+    for relation in phrasing.relations().values():
+        assert len(relation.tells["train"]) > 60, relation.name
+        assert len(relation.asks["train"]) > 50, relation.name
 
 
 @given(SEEDS)
