@@ -24,6 +24,7 @@ SENTENCE = re.compile(r"(?:[^\s.!?]+ ){2,}[^\s.!?]+[.!](?= |$)")  # of three wor
 TELLING = re.compile(r"\b(my|mine|our|name|I('m| am| have| live| work| like| love| was))\b|\b(Mr|Mrs|Ms|Dr|St)\.", re.I)
 WORD = re.compile(r"[^\W\d_]{3,}")
 OVERHEARD = 0.5  # share of the sentences around a fact that come from small talk, in training
+MORE = 0.2  # share of the facts in training that are of relations nobody is measured with
 USUAL = 0.65  # share of the assistant's sentences that take its first way of saying it
 UNTOLD = ("...", " you have not told me that.")  # in the place of a value
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
@@ -53,9 +54,11 @@ class Fact:
 
 
 @functools.cache
-def _pools() -> tuple[tuple[Relation, ...], tuple[Relation, ...]]:
-    every = relations().values()
-    return tuple(r for r in every if not r.generic), tuple(r for r in every if r.generic)
+def _pools() -> tuple[tuple[Relation, ...], tuple[Relation, ...], tuple[Relation, ...]]:
+    """Relations with phrasings of their own, with open keys, and those of training alone."""
+    every = relations()
+    more = tuple(r for name, r in relations("train").items() if name not in every)
+    return tuple(r for r in every.values() if not r.generic), tuple(r for r in every.values() if r.generic), more
 
 
 def mentions(text: str, value: str) -> bool:
@@ -124,9 +127,12 @@ class Writer:
 
     def choose(self) -> Fact | None:
         """A fact of any relation."""
-        special, generic = _pools()
+        special, generic, more = _pools()
         for _ in range(20):
-            if fact := self.new_fact(self.rng.choice(generic if self.chance(self.spec.p_generic) else special)):
+            pool = generic if self.chance(self.spec.p_generic) else special
+            if self.split == "train" and self.chance(MORE):
+                pool = more
+            if fact := self.new_fact(self.rng.choice(pool)):
                 return fact
         return None
 

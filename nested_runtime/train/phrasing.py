@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
+from typing import Any
 
 from nested_runtime.train.keys import KEY_KINDS, VERB_KINDS
 from nested_runtime.train.values import SPLITS, Values, capital, has_lines, lines, split_of, vowel_sound, words
@@ -30,6 +31,7 @@ __all__ = [
 Variation = Callable[[list[str]], list[str]]  # of the literal pieces of one sentence
 LISTS = ("tells", "asks", "acks", "answers", "corrections", "unknowns")
 USER_LISTS = ("tells", "asks", "corrections")
+EXTRAS = ("names", "clauses")  # of training alone
 PEOPLE = frozenset({"person", "name", "relative", "fullname"})
 DETERMINERS = ("a", "an", "the", "my", "your", "our")
 STARTERS = frozenset(
@@ -217,17 +219,17 @@ def _determined(field: str, texts: Iterable[str]) -> bool:
 
 
 def parse_relation(
-    name: str, table: Mapping[str, object], where: str, more: Mapping[str, list[str]] | None = None
+    name: str, table: Mapping[str, Any], where: str, more: Mapping[str, list[str]] | None = None
 ) -> Relation:
     """A relation from its TOML table, and what only training draws; raises ValueError naming file, relation and field.
 
-    A phrasing of `more` that another split holds is left out.
+    A phrasing of `more` that another split holds is left out. Its noun phrases and clauses may stand in the table too.
     """
 
     def fail(field: str, why: str) -> ValueError:
         return ValueError(f"{where}: relation {name!r}: field {field!r}: {why}")
 
-    for field in table.keys() - {"value", "subjects", *LISTS}:
+    for field in table.keys() - {"value", "subjects", *LISTS, *EXTRAS}:
         raise fail(field, "unknown field")
     value, subject = table.get("value"), table.get("subjects", "")
     kinds = Values.of("train").kinds()
@@ -256,9 +258,9 @@ def parse_relation(
     held_out = frozenset(
         normalised(text) for by in split.values() for other in SPLITS if other != "train" for text in by[other]
     )
-    more = more or {}
+    more = {field: table[field] for field in EXTRAS if field in table} | dict(more or {})
     for field, texts in more.items():
-        if field not in (*USER_LISTS, "names", "clauses"):
+        if field not in (*USER_LISTS, *EXTRAS):
             raise fail(field, "unknown field of a train-only file")
         for text in texts:
             if Template.parse(text).fields - known - {"old"} or (
@@ -294,11 +296,21 @@ def parse_relation(
 
 
 @functools.cache
-def relations() -> dict[str, Relation]:
-    """All relations of the folder ``relations``, by name."""
-    merged: dict[str, dict[str, object]] = {}
-    origin: dict[str, str] = {}
+def relations(split: str = "dev") -> dict[str, Relation]:
+    """All relations of ``split`` by name; training has more of its own, in the folder ``relations/more``."""
     folder = resources.files("nested_runtime.train").joinpath("relations")
+    if split == "train":
+        measured, more = relations(), _read(folder.joinpath("more"), {})
+        if known := measured.keys() & more.keys():
+            raise ValueError(f"relations/more: a relation of this name is measured already: {min(known)!r}")
+        return measured | more
+    return relations() if split != "dev" else _read(folder, _train_only(folder.joinpath("train_only")))
+
+
+def _read(folder: Traversable, more: Mapping[str, Mapping[str, list[str]]]) -> dict[str, Relation]:
+    """The relations of a folder's files, by name, with what only training draws."""
+    merged: dict[str, dict[str, Any]] = {}
+    origin: dict[str, str] = {}
     for file in sorted(folder.iterdir(), key=lambda f: f.name):
         if not file.name.endswith(".toml"):
             continue
@@ -310,9 +322,8 @@ def relations() -> dict[str, Relation]:
             parse_relation(name, table, file.name)
             merged[name] = _merge(name, merged[name], table, file.name) if name in merged else table
             origin[name] = file.name
-    more = _train_only(folder.joinpath("train_only"))
     if unknown := more.keys() - merged.keys():
-        raise ValueError(f"train_only: no relation of this name: {sorted(unknown)[0]!r}")
+        raise ValueError(f"train_only: no relation of this name: {min(unknown)!r}")
     return {name: parse_relation(name, table, origin[name], more.get(name)) for name, table in merged.items()}
 
 
@@ -344,7 +355,7 @@ def _merge(name: str, old: Mapping[str, object], new: Mapping[str, object], wher
 def conflicts(split: str) -> dict[str, frozenset[str]]:
     """For every relation those that share a question with it: two of them would be ambiguous in one dialogue."""
     asked: dict[str, set[str]] = {}
-    for name, relation in relations().items():
+    for name, relation in relations(split).items():
         kind = relation.subjects[:1]
         people = tuple(f"my {r}" for r in words("relatives")) if kind == ("person",) else ()
         for subject in words("relatives") if kind == ("relative",) else ("{s}", *people):
@@ -354,7 +365,7 @@ def conflicts(split: str) -> dict[str, frozenset[str]]:
             for text in texts:
                 question = text.replace("{s}", subject).lower().replace("what's", "what is").rstrip("?.!")
                 asked.setdefault(question, set()).add(name)
-    out = {name: set[str]() for name in relations()}
+    out = {name: set[str]() for name in relations(split)}
     for names in [*asked.values(), *[set(group) & out.keys() for group in ALIKE]]:
         for name in names:
             out[name] |= names - {name}

@@ -170,6 +170,14 @@ def test_words_of_training_alone_are_nobody_elses(name: str) -> None:
     assert len(own["train"]) > len(values.words(name))
 
 
+def test_training_tells_more_kinds_of_fact() -> None:
+    own, measured = phrasing.relations("train"), phrasing.relations()
+    assert measured == phrasing.relations("test") == {name: own[name] for name in measured}
+    assert len(own) > len(measured) + 80
+    drawn = {split: {probe.relation for seed in range(40) for probe in make(seed, split).probes} for split in SPLITS}
+    assert drawn["dev"] | drawn["test"] <= measured.keys() < measured.keys() | drawn["train"]
+
+
 def test_training_says_each_thing_in_many_ways() -> None:
     for relation in phrasing.relations().values():
         assert len(relation.tells["train"]) > 60, relation.name
