@@ -41,7 +41,7 @@ STARTERS = frozenset(
 )  # fmt: skip
 # Relations that tell the same thing in other words, beside those that share a question.
 PETS = ("dog_name", "cat_name", "parrot_name", "horse_name")
-ALIKE = (*(("pet_kind", pet) for pet in PETS), ("employer", "company_name"))
+ALIKE = (*(("pet_kind", pet) for pet in PETS), ("employer", "company_name"), ("spouse_of_name", "generic_relative_of"))
 INDIRECT = (
     (re.compile(r"(what|who|where|when|how old|which \w+) (is|was) ((?:my|the|our|i|\{s\})\b.*?)( called| named)?\?"),
      r"\1 \3 \2\4"),
