@@ -31,6 +31,7 @@ __all__ = [
 Variation = Callable[[list[str]], list[str]]  # of the literal pieces of one sentence
 LISTS = ("tells", "asks", "acks", "answers", "corrections", "unknowns")
 USER_LISTS = ("tells", "asks", "corrections")
+FOLDER = resources.files("nested_runtime.train").joinpath("relations")
 EXTRAS = ("names", "clauses")  # of training alone
 PEOPLE = frozenset({"person", "name", "relative", "fullname"})
 DETERMINERS = ("a", "an", "the", "my", "your", "our")
@@ -298,13 +299,18 @@ def parse_relation(
 @functools.cache
 def relations(split: str = "dev") -> dict[str, Relation]:
     """All relations of ``split`` by name; training has more of its own, in the folder ``relations/more``."""
-    folder = resources.files("nested_runtime.train").joinpath("relations")
-    if split == "train":
-        measured, more = relations(), _read(folder.joinpath("more"), {})
-        if known := measured.keys() & more.keys():
-            raise ValueError(f"relations/more: a relation of this name is measured already: {min(known)!r}")
-        return measured | more
-    return relations() if split != "dev" else _read(folder, _train_only(folder.joinpath("train_only")))
+    if split != "train":
+        return _measured()
+    measured, more = _measured(), _read(FOLDER.joinpath("more"), {})
+    if known := measured.keys() & more.keys():
+        raise ValueError(f"relations/more: a relation of this name is measured already: {min(known)!r}")
+    return measured | more
+
+
+@functools.cache
+def _measured() -> dict[str, Relation]:
+    """The relations that every split tells."""
+    return _read(FOLDER, _train_only(FOLDER.joinpath("train_only")))
 
 
 def _read(folder: Traversable, more: Mapping[str, Mapping[str, list[str]]]) -> dict[str, Relation]:
