@@ -34,7 +34,7 @@ DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
 SHORT = 192  # sessions below so many tokens get another part before the filler
 NEAREST = 64  # tokens of the shortest stretch of chat inside a dialogue
 FEW_SHARE, MANY_SHARE = 0.12, 0.4  # dialogues with one or two facts; with up to 22 (at the end)
-PAUSE = 0.06  # share of text among the questions that fill a session's last segment
+PAUSE = 0.02  # share of texts among the turns that fill a session's last segment
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
 
@@ -273,7 +273,7 @@ class Lanes:
         return Session(whole.tokens[:end], self._thin(whole.weights[:end]), whole.idle[:end])
 
     def _more(self) -> Session:
-        """What fills a session's last segment: further questions about what it told, with text between them."""
+        """What fills a session's last segment: further facts and questions, with text between them."""
         if self._writer is not None and self.rng.random() >= PAUSE:
             return render_dialogue(self._writer.more(), self.tokenizer)
         return self._text(self.rng.random() < 0.6)

@@ -25,6 +25,7 @@ TELLING = re.compile(r"\b(my|mine|our|name|I('m| am| have| live| work| like| lov
 WORD = re.compile(r"[^\W\d_]{3,}")
 OVERHEARD = 0.5  # share of the sentences around a fact that come from small talk, in training
 MORE = 0.2  # share of the facts in training that are of relations nobody is measured with
+NEWS, CROWD = 0.5, 24  # share of the turns that fill a session which tell another fact, up to so many facts
 USUAL = 0.65  # share of the assistant's sentences that take its first way of saying it
 UNTOLD = ("...", " you have not told me that.")  # in the place of a value
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
@@ -426,13 +427,25 @@ class Writer:
         return Dialogue(tuple(self.messages), tuple(self.probes))
 
     def more(self) -> Dialogue:
-        """One further question of a dialogue that is written, on its own."""
+        """One further turn of a dialogue that is written, on its own: another fact, or a question."""
         begin = len(self.messages)
-        if self.chance(self.spec.p_unknown):
-            self.ask_unknown()
-        else:
-            self.ask()
+        if not (len(self.facts) < CROWD and self.chance(NEWS) and self.news()):
+            if self.chance(self.spec.p_unknown):
+                self.ask_unknown()
+            else:
+                self.ask()
         return Dialogue(tuple(self.messages[begin:]), ())
+
+    def news(self) -> bool:
+        """Tell another fact; False where none is left to tell."""
+        fact = self.choose()
+        if fact is None:
+            return False
+        try:
+            self.tell([fact])
+        except ExhaustedError:
+            return False
+        return True
 
 
 def compose(

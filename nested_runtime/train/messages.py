@@ -80,7 +80,7 @@ class DialogueSpec:
     p_generic: float = 0.35  # per fact: an open-vocabulary key
     p_decorated: float = 0.3  # per message: "By the way, ", "Do you remember?"
     p_varied: float = 0.0  # per message of the user: synonyms, dropped words, slips
-    p_misheard: float = 0.25  # per telling: the reply gets the fact wrong (training only)
+    p_misheard: float = 0.12  # per telling: the reply gets the fact wrong (training only)
     p_composed: float = 0.4  # per message of the user: a sentence around a noun phrase (training only)
     p_late: float = 0.5  # per question: after everything was told
     p_sibling: float = 0.4  # per fact about a subject: the same relation about another one
