@@ -87,14 +87,13 @@ class Template:
                 out.append((text, ""))
                 continue
             value = values[field]
-            head, _, last = text[:-1].rpartition(" ") if text.endswith(" ") else ("", "", "")
+            head, blank, last = text[:-1].rpartition(" ") if text.endswith(" ") else ("", "", "")
             if last in ("a", "an", "A", "An"):
-                text = f"{head} {last[0]}" if head else last[0]
-                text += "n " if vowel_sound(value) else " "
+                text = f"{head}{blank}{last[0]}" + ("n " if vowel_sound(value) else " ")
             if i == 0 and not literal and field not in ("v", "w") and not lower:
                 value = capital(value)
-            blank = text.endswith(" ")
-            out += [(text[:-1] if blank else text, ""), (f" {value}" if blank else value, field)]
+            spaced = text.endswith(" ")
+            out += [(text[:-1] if spaced else text, ""), (f" {value}" if spaced else value, field)]
         return out
 
     def render(self, values: Mapping[str, str], lower: bool = False, vary: Variation | None = None) -> str:

@@ -98,7 +98,7 @@ def test_phrasings_of_dev_and_test_are_never_trained_on() -> None:
                 assert not texts["train"] & (texts["dev"] | texts["test"]), relation.name
 
 
-@pytest.mark.parametrize(("split", "digest"), [("dev", "a641184161cb1690"), ("test", "57bb204b2fe388b2")])
+@pytest.mark.parametrize(("split", "digest"), [("dev", "532e543c6fb3c39e"), ("test", "57bb204b2fe388b2")])
 def test_exams_are_those_that_models_were_measured_with(split: str, digest: str) -> None:
     """Whoever changes them changes every figure of the model card: measure again, then write the new digest here."""
     exams = [examine(0, plan, index, split) for plan in PLANS for index in range(20)]
