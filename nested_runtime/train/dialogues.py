@@ -25,7 +25,8 @@ TELLING = re.compile(r"\b(my|mine|our|name|I('m| am| have| live| work| like| lov
 WORD = re.compile(r"[^\W\d_]{3,}")
 OVERHEARD = 0.5  # share of the sentences around a fact that come from small talk, in training
 MORE = 0.2  # share of the facts in training that are of relations nobody is measured with
-NEWS, CROWD = 0.5, 24  # share of the turns that fill a session which tell another fact, up to so many facts
+NEWS, CHANGED = 0.5, 0.25  # share of the turns that fill a session which tell something; and of those, another value
+CROWD = 24  # facts of a session that is filled, at most
 USUAL = 0.65  # share of the assistant's sentences that take its first way of saying it
 UNTOLD = ("...", " you have not told me that.")  # in the place of a value
 Chat = Sequence[tuple[str, str]]  # (user, assistant) exchanges
@@ -319,9 +320,10 @@ class Writer:
 
     def correct(self, fact: Fact) -> None:
         """The user gives a fact another value, the assistant echoes."""
+        value = self.new_value(fact.relation)
         fact.outdated.append(fact.value)
         fact.user["old"] = fact.value
-        fact.user["v"] = fact.assistant["v"] = self.new_value(fact.relation)
+        fact.user["v"] = fact.assistant["v"] = value
         fact.told, fact.asked = len(self.messages), 0
         relation = fact.relation
         template = self.composed(relation, "name_corrections") or self.rng.choice(relation.corrections[self.split])
@@ -427,25 +429,25 @@ class Writer:
         return Dialogue(tuple(self.messages), tuple(self.probes))
 
     def more(self) -> Dialogue:
-        """One further turn of a dialogue that is written, on its own: another fact, or a question."""
+        """One further turn of a dialogue that is written, on its own: news or a question."""
         begin = len(self.messages)
-        if not (len(self.facts) < CROWD and self.chance(NEWS) and self.news()):
-            if self.chance(self.spec.p_unknown):
+        try:
+            if self.chance(NEWS):
+                self.news()
+            elif self.chance(self.spec.p_unknown):
                 self.ask_unknown()
-            else:
-                self.ask()
+        except ExhaustedError:
+            pass  # a question can always be asked
+        if len(self.messages) == begin:
+            self.ask()
         return Dialogue(tuple(self.messages[begin:]), ())
 
-    def news(self) -> bool:
-        """Tell another fact; False where none is left to tell."""
-        fact = self.choose()
-        if fact is None:
-            return False
-        try:
+    def news(self) -> None:
+        """Another value of a fact, or another fact while there is room for one."""
+        if self.chance(CHANGED):
+            self.correct(self.rng.choice(self.facts))
+        elif len(self.facts) < CROWD and (fact := self.choose()):
             self.tell([fact])
-        except ExhaustedError:
-            return False
-        return True
 
 
 def compose(

@@ -95,6 +95,34 @@ def test_a_value_is_told_first_and_the_newest_wins(seed: int, split: str, n: flo
         assert not any(dialogues.mentions(text, value) for text in texts[:told])
 
 
+@given(SEEDS, st.sampled_from(SPLITS), STAGES)
+@settings(max_examples=60, deadline=None)
+def test_a_session_is_filled_with_news_and_questions(seed: int, split: str, n: float) -> None:
+    written, writer = dialogues.compose(random.Random(seed), split, dialogues.stage(n))
+    told = len(writer.facts)
+    turns = [writer.more().messages for _ in range(40)]
+    messages = [message for turn in turns for message in turn]
+    assert tuple(writer.messages) == written.messages + tuple(messages)
+    assert [m.role for m in messages] == ["user", "assistant"] * len(turns)
+    assert told < len(writer.facts) <= max(told + 1, dialogues.CROWD + 1)  # a pair is one telling
+    for probe in writer.probes[len(written.probes) :]:
+        assert probe.expected in writer.messages[probe.turn + 1].content
+        assert probe.expected not in probe.others
+    assert any(turn[0].idle for turn in turns)
+    assert not all(turn[0].idle for turn in turns)
+
+
+def test_what_is_told_may_change_while_a_session_is_filled() -> None:
+    _, writer = dialogues.compose(random.Random(1), "train", dialogues.stage(0.0))
+    assert not any(fact.outdated for fact in writer.facts)
+    for _ in range(60):
+        writer.more()
+    changed = [fact for fact in writer.facts if fact.outdated]
+    assert changed
+    assert all(fact.value not in fact.outdated for fact in changed)
+    assert any(probe.kind == "update" for probe in writer.probes)
+
+
 @given(SEEDS, STAGES)
 @settings(max_examples=200, deadline=None)
 def test_unknown_probes_were_never_told(seed: int, n: float) -> None:
@@ -303,7 +331,7 @@ def test_a_wrong_relation_is_named(change: dict[str, object], field: str) -> Non
     ("text", "value", "said"),
     [("I am a {v}.", "engineer", "I am an engineer."), ("An {v} is here.", "dog", "A dog is here."),
      ("It is an {v}.", "owl", "It is an owl."), ("I like {v}.", "art", "I like art."),
-     ("Panama {v}.", "owl", "Panama owl.")],
+     ("Panama {v}.", "owl", "Panama owl."), ("Buy {v} a {v}.", "owl", "Buy owl an owl.")],
 )  # fmt: skip
 def test_articles_follow_the_value(text: str, value: str, said: str) -> None:
     assert phrasing.Template.parse(text).render({"v": value}) == said
