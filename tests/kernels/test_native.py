@@ -31,6 +31,7 @@ SHAPES = {
     "tiny": {"heads": 2, "head_dim": 8, "chunk": 4},
     "nano": {"heads": 2, "head_dim": 64, "chunk": 32, "conv_width": 8},
     "odd": {"heads": 3, "head_dim": 22, "chunk": 5, "read": "anchor", "retain": "zero"},
+    "zero": {"heads": 2, "head_dim": 32, "chunk": 5, "retain": "zero"},
 }
 VOCAB, SESSIONS = 40, 3
 Schedule = list[list[tuple[int, int]]]  # steps of (session, tokens)

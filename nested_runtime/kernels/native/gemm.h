@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "amx.h"
 #include "vector.h"
 
 constexpr int WIDE = 4;  // vectors of outputs in a panel
@@ -112,6 +113,7 @@ INLINE void rows_of_panel(const T *x, int rows, int stride, int inputs, Panel pa
 
 // ---- int8: y = s_row s_output (q + OFFSET) . w + shift, the sums exact, on every machine the same --------------------
 
+constexpr int FEWEST_FOR_TILES = 4;  // rows; below vectors are faster
 constexpr int OFFSET = 128;  // activations are stored without a sign, as the machine's products want one of two
 
 // The products of four bytes of a, without sign, and of w, with sign, added to acc.
@@ -126,14 +128,14 @@ INLINE Ints dot4(Ints acc, Ints a, Ints w) {
 
 // Rows in int8, each in units of its own scale, from the largest element's 127. What is not finite makes the scale NaN.
 struct Rows {
-    int words;  // of a row, four elements each
+    int words;  // of a row, four elements each; what is behind the elements meets weights of zero
     std::unique_ptr<uint8_t[]> data;
     std::unique_ptr<float[]> scales;
 
-    static int words_of(int inputs) { return rounded_up(inputs, LANES<float>) / 4; }
+    static int words_of(int inputs) { return rounded_up(inputs, 64) / 4; }  // 64 bytes are a row of a tile
 
     Rows(const float *x, int rows, int stride, int inputs)
-        : words(words_of(inputs)), data(new uint8_t[size_t(rows) * words * 4]), scales(new float[rows]) {
+        : words(words_of(inputs)), data(new uint8_t[size_t(rounded_up(rows, 16)) * words * 4]), scales(new float[rows]) {
         for (int m = 0; m < rows; m++) narrow(x + size_t(m) * stride, inputs, data.get() + size_t(m) * words * 4, scales[m]);
     }
 
@@ -166,35 +168,56 @@ struct Rows {
     }
 };
 
+// write(row, column, y) of vector j of the panel from output n on, for its sums without the shift.
+template <class Write>
+INLINE void scaled(const Rows &x, const Weight &weight, int row, int n, int j, Ints sums, Write write) {
+    const int column = n + j * LANES<float>;
+    const Vec<float> v = __builtin_convertvector(sums + load(weight.shifts + column), Vec<float>);
+    write(row, column, v * all(x.scales[row]) * load(weight.scales + column));
+}
+
+template <class Write>
+INLINE void panel_int8(const Rows &x, int rows, const Weight &weight, int n, const int32_t *panel, Write write) {
+    const int width = panel_width<float>();
+    in_tiles(rows, [&](int m, auto count) INLINED {
+        constexpr int ROWS = count;
+        Ints acc[ROWS][WIDE] = {};
+        for (int i = 0; i < x.words; i++) {
+            Ints w[WIDE];
+            for (int j = 0; j < WIDE; j++) w[j] = load(panel + i * width + j * LANES<float>);
+            for (int r = 0; r < ROWS; r++) {
+                const Ints a = all(x.word(m + r, i));
+                for (int j = 0; j < WIDE; j++) acc[r][j] = dot4(acc[r][j], a, w[j]);
+            }
+        }
+#pragma GCC unroll 6  // else the sums live on the stack
+        for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE; j++) scaled(x, weight, m + r, n, j, acc[r][j], write);
+        }
+    });
+}
+
 template <class Write>
 INLINE void gemm_int8(const Rows &x, int rows, const Weight &weight, Write write) {
-    const int width = panel_width<float>();
-    for (int n = 0; n < weight.outputs; n += width) {
-        const int32_t *panel = static_cast<const int32_t *>(weight.data) + size_t(n) * x.words;
-        in_tiles(rows, [&](int m, auto count) INLINED {
-            constexpr int ROWS = count;
-            Ints acc[ROWS][WIDE];
-            for (int j = 0; j < WIDE; j++) {
-                for (int r = 0; r < ROWS; r++) acc[r][j] = load(weight.shifts + n + j * LANES<float>);
-            }
-            for (int i = 0; i < x.words; i++) {
-                Ints w[WIDE];
-                for (int j = 0; j < WIDE; j++) w[j] = load(panel + i * width + j * LANES<float>);
-                for (int r = 0; r < ROWS; r++) {
-                    const Ints a = all(x.word(m + r, i));
-                    for (int j = 0; j < WIDE; j++) acc[r][j] = dot4(acc[r][j], a, w[j]);
+    const auto *panels = static_cast<const int32_t *>(weight.data);
+#if defined(HAS_AMX)
+    if (rows > FEWEST_FOR_TILES && may_use_tiles()) {
+        const Tiles tiles;
+        Ints sums[WIDE][TILE_ROWS];
+        for (int n = 0; n < weight.outputs; n += panel_width<float>()) {
+            for (int m = 0; m < rows; m += TILE_ROWS) {
+                tiles.multiply(x.data.get() + size_t(m) * x.words * 4, panels + size_t(n) * x.words, x.words, sums);
+                for (int r = 0; r < std::min(TILE_ROWS, rows - m); r++) {
+                    for (int j = 0; j < WIDE; j++) scaled(x, weight, m + r, n, j, sums[j][r], write);
                 }
             }
-#pragma GCC unroll 6  // else the sums live on the stack
-            for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 4
-                for (int j = 0; j < WIDE; j++) {
-                    const int column = n + j * LANES<float>;
-                    const Vec<float> v = __builtin_convertvector(acc[r][j], Vec<float>);
-                    write(m + r, column, v * all(x.scales[m + r]) * load(weight.scales + column));
-                }
-            }
-        });
+        }
+        return;
+    }
+#endif
+    for (int n = 0; n < weight.outputs; n += panel_width<float>()) {
+        panel_int8(x, rows, weight, n, panels + size_t(n) * x.words, write);
     }
 }
 

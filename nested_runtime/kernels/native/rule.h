@@ -88,27 +88,29 @@ struct Work {
 enum class Of { X, B, BOTH };
 
 template <class T, Of OF, class S>
-INLINE Vec<T> piece(const T *x, const S *b, int count) {
-    if constexpr (OF == Of::X) return load_some(x, count);
-    if constexpr (OF == Of::B) return load_some(b, count);
-    return load_some(x, count) + load_some(b, count);
+INLINE Vec<T> piece(const T *x, const S *b, int c, int dim) {
+    if constexpr (OF == Of::X) return part(x, c, dim);
+    if constexpr (OF == Of::B) return part(b, c, dim);
+    return part(x, c, dim) + part(b, c, dim);
 }
 
 // Lane i: row i of `rows` <= V rows of the matrix, times w.
-template <class T, Of OF, class S>
-INLINE Vec<T> products(const T *x, const S *b, int rows, int dim, const T *w) {
-    constexpr int V = LANES<T>;
+template <class T, Of OF, int DIM, class S>
+INLINE Vec<T> products_of(const T *x, const S *b, int rows, int some_dim, const T *w) {
+    const int dim = DIM ? DIM : some_dim;
     auto row = [&](int r) INLINED {
         Several<T, 1> s = {};
-        for (int c = 0; c < dim; c += V) {
-            s.v[0] = fma<T>(piece<T, OF>(x + size_t(r) * dim + c, b + size_t(r) * dim + c, dim - c),
-                            load_some(w + c, dim - c), s.v[0]);
+        for (int c = 0; c < dim; c += LANES<T>) {
+            s.v[0] = fma<T>(piece<T, OF>(x + size_t(r) * dim, b + size_t(r) * dim, c, dim), part(w, c, dim), s.v[0]);
         }
         return s;
     };
-    if (dim != 64) return sums_of<T, 1>(rows, row).v[0];
-    dim = 64;  // known to the compiler
     return sums_of<T, 1>(rows, row).v[0];
+}
+
+template <class T, Of OF, class S>
+INLINE Vec<T> products(const T *x, const S *b, int rows, int dim, const T *w) {
+    return dim == 64 ? products_of<T, OF, 64>(x, b, rows, 64, w) : products_of<T, OF, 0>(x, b, rows, dim, w);
 }
 
 template <class T>
@@ -158,7 +160,7 @@ void multiply_lanes(const T *x, const S *b, int begin, int end, int dim, int n, 
             for (int j = 0; j < 4; j++) {
                 const size_t at = size_t(r + i + j) * dim;
                 for (int c = 0; c < dim; c += V) {
-                    const Vec<T> v = r + i + j < end ? piece<T, OF>(x + at + c, b + at + c, dim - c) : Vec<T>{};
+                    const Vec<T> v = r + i + j < end ? piece<T, OF>(x + at, b + at, c, dim) : Vec<T>{};
                     store(rows + j * work.wide + c, v);
                 }
             }
@@ -242,7 +244,7 @@ INLINE void look_block(int some_dim, int rows, const T *x, const S *b, const T *
     auto row = [&](int j) INLINED {
         Several<T, N> s = {};
         for (int c = 0; c < dim; c += V) {
-            const Vec<T> b_c = load_some(b + j * dim + c, dim - c), x_c = load_some(x + j * dim + c, dim - c);
+            const Vec<T> b_c = part(b + j * dim, c, dim), x_c = part(x + j * dim, c, dim);
             const Vec<T> m = x_c + b_c, acted = WHOLE ? m : x_c;
             s.v[0] = fma<T>(m, load_some(u + c, dim - c), s.v[0]);
             s.v[1] = fma<T>(acted, load_some(k + c, dim - c), s.v[1]);
@@ -396,9 +398,9 @@ INLINE void fold_rows(const Rule &rule, int r, int c, T g, Head<T, S> &head, con
     Vec<T> s[ROWS][BLOCK];
     for (int i = 0; i < ROWS; i++) {
         for (int j = 0; j < BLOCK; j++) {
-            const size_t at = size_t(r + i) * dim + c + j * V;
-            const Vec<T> b = rule.whole ? load_some(head.start + at, left - j * V) * all(g - 1) : Vec<T>{};
-            s[i][j] = fma<T>(all(g), load_some(head.anchor + at, left - j * V), b);
+            const size_t at = size_t(r + i) * dim;
+            const Vec<T> b = rule.whole ? part(head.start + at, c + j * V, dim) * all(g - 1) : Vec<T>{};
+            s[i][j] = fma<T>(all(g), part(head.anchor + at, c + j * V, dim), b);
         }
     }
     for (int t = 0; t < rule.chunk; t++) {

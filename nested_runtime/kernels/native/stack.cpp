@@ -39,7 +39,7 @@ struct Packed {
 // A layer's memory: parameters, and the pool's tensors, slot after slot.
 template <class T>
 struct Memory {
-    const void *base;             // [H, R, K], of Half where `is_half`, else of T
+    const void *base;             // [H, R, K], of Half where `is_half` (K a multiple of PAIR), else of T
     const T *rates, *gate_bias;  // [H, R], [2, H]
     T *anchor, *tail_k, *tail_d, *tail_g, *window;
     int32_t is_half;
@@ -248,6 +248,7 @@ void linear(const Weight *weight, const SCALAR *x, int rows, SCALAR *y) {
 }
 
 size_t packed_size(int outputs, int inputs) { return size_t(padded<SCALAR>(outputs)) * inputs; }
+int pair() { return PAIR; }
 int padded_outputs(int outputs) { return padded<float>(outputs); }
 int padded_inputs(int inputs) { return 4 * Rows::words_of(inputs); }
 

@@ -129,8 +129,9 @@ class Stack:
         weights = [Linear(weight, int8) for weight in (block.w_in, block.w_out, block.up, block.down)]
         self._kept += weights
         norms = (block.norm_memory, block.norm_cms, block.norm_read, block.conv)
-        is_half = _fits_bf16(block.base)
-        base = block.base.bfloat16() if is_half else block.base
+        pair = self.library.pair()
+        is_half = _fits_bf16(block.base) and head_dim % pair == 0
+        base = _paired(block.base.bfloat16(), pair) if is_half else block.base
         memory = (base, expand_rates(block.rates.detach(), head_dim), block.gate_bias)
         return abi.Layer(
             *(weight.field for weight in weights),
@@ -160,6 +161,11 @@ class Stack:
         if unknown >= 0:
             raise IndexError(f"token id {int(tokens[unknown])} is not in 0..{self._table.count - 1}")
         return x
+
+
+def _paired(rows: torch.Tensor, pair: int) -> torch.Tensor:
+    """Rows [.., K] as `Half` has them: the elements i and i + pair / 2 of each `pair` side by side."""
+    return rows.unflatten(-1, (-1, 2, pair // 2)).transpose(-1, -2)
 
 
 def _fits_bf16(tensor: torch.Tensor) -> bool:

@@ -72,20 +72,23 @@ INLINE void store_some(T *p, Vec<T> v, int count) {
 }
 #endif
 
-// bfloat16: the upper half of a float.
+// bfloat16, the upper half of a float. In rows of a multiple of PAIR elements: those of two vectors share words, the
+// first in the lower halves, so that either is one instruction away from floats.
 struct Half {
     uint16_t bits;
 };
 
-INLINE Vec<float> load_some(const Half *p, int count) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-    const __m256i halves = _mm256_maskz_loadu_epi16(first(count), p);
-    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-#else
-    Ints word = {};
-    for (int i = 0; i < LANES<float> && i < count; i++) word[i] = p[i].bits << 16;
-    return (Vec<float>)word;
-#endif
+constexpr int PAIR = 2 * LANES<float>;
+
+// Elements c.. of a row of `size`, `c` a multiple of V; zeros behind them.
+template <class T>
+INLINE Vec<T> part(const T *row, int c, int size) {
+    return load_some(row + c, size - c);
+}
+INLINE Vec<float> part(const Half *row, int c, int) {
+    Vec<uint32_t> words;
+    std::memcpy(&words, row + c / PAIR * PAIR, sizeof words);
+    return (Vec<float>)(c % PAIR ? words & 0xffff0000u : words << 16);
 }
 
 template <class T>
@@ -176,6 +179,18 @@ INLINE Vec<T> halves(Vec<T> a, Vec<T> b, bool upper) {
     return __builtin_shuffle(a, b, mask);
 }
 
+// halves(a, b, false) + halves(a, b, true), to the bit: half of the lanes are where they belong already.
+template <class T, int WIDTH>
+INLINE Vec<T> added_halves(Vec<T> a, Vec<T> b) {
+    constexpr int V = LANES<T>, HALF = WIDTH / 2;
+    typename Index<T>::type is_upper = {}, other = {};
+    for (int p = 0; p < V; p++) {
+        is_upper[p] = p & HALF ? -1 : 0;
+        other[p] = p & HALF ? V + p - HALF : p + HALF;
+    }
+    return (is_upper ? b : a) + __builtin_shuffle(a, b, other);
+}
+
 // N vectors of one row, or of V rows folded into one.
 template <class T, int N>
 struct Several {
@@ -190,9 +205,7 @@ INLINE Several<T, N> folded(const Row &row, int r) {
     } else {
         Several<T, N> a = folded<T, N, 2 * WIDTH>(row, r);
         const Several<T, N> b = folded<T, N, 2 * WIDTH>(row, r + LANES<T> / WIDTH);
-        for (int n = 0; n < N; n++) {
-            a.v[n] = halves<T, WIDTH>(a.v[n], b.v[n], false) + halves<T, WIDTH>(a.v[n], b.v[n], true);
-        }
+        for (int n = 0; n < N; n++) a.v[n] = added_halves<T, WIDTH>(a.v[n], b.v[n]);
         return a;
     }
 }
@@ -217,14 +230,15 @@ INLINE Several<T, N> sums_of(int count, const Row &row) {
     return sums<T, N>([&](int r) INLINED { return r < count ? row(r) : Several<T, N>{}; });
 }
 
-template <class T>
+template <class T, int HALF = LANES<T> / 2>
 INLINE T sum(Vec<T> v) {
-    T part[LANES<T>];
-    store(part, v);
-    for (int half = LANES<T> / 2; half; half /= 2) {
-        for (int l = 0; l < half; l++) part[l] += part[l + half];
+    if constexpr (HALF == 0) {
+        return v[0];
+    } else {
+        typename Index<T>::type other = {};
+        for (int p = 0; p < LANES<T>; p++) other[p] = p ^ HALF;
+        return sum<T, HALF / 2>(v + __builtin_shuffle(v, other));
     }
-    return part[0];
 }
 
 // The sum over lanes of sum_i a_i b_i for n elements, zeros behind them.
