@@ -165,7 +165,7 @@ class Stack:
 
 def _paired(rows: torch.Tensor, pair: int) -> torch.Tensor:
     """Rows [.., K] as `Half` has them: the elements i and i + pair / 2 of each `pair` side by side."""
-    return rows.unflatten(-1, (-1, 2, pair // 2)).transpose(-1, -2)
+    return rows.reshape(*rows.shape[:-1], -1, 2, pair // 2).transpose(-1, -2)
 
 
 def _fits_bf16(tensor: torch.Tensor) -> bool:
