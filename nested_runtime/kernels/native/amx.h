@@ -1,6 +1,8 @@
 // Products of bytes by the processor's tile unit (AMX), where there is one: the sums of `dot4`, sixteen rows at a time.
 #pragma once
 
+constexpr int TILE_ROWS = 16, TILE_BYTES = 64;  // of a row
+
 #if defined(__AMX_INT8__) && defined(__AVX512F__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -8,7 +10,6 @@
 #include "vector.h"
 
 #define HAS_AMX 1
-constexpr int TILE_ROWS = 16;
 
 // Whether the system lets this process use tiles: it has to be asked, once.
 inline bool may_use_tiles() {

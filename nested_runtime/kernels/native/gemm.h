@@ -113,7 +113,7 @@ INLINE void rows_of_panel(const T *x, int rows, int stride, int inputs, Panel pa
 
 // ---- int8: y = s_row s_output (q + OFFSET) . w + shift, the sums exact, on every machine the same --------------------
 
-constexpr int FEWEST_FOR_TILES = 4;  // rows; below vectors are faster
+constexpr int FEWEST_FOR_TILES = 7;  // rows; of fewer, vectors are faster (8,192 x 256)
 constexpr int OFFSET = 128;  // activations are stored without a sign, as the machine's products want one of two
 
 // The products of four bytes of a, without sign, and of w, with sign, added to acc.
@@ -132,10 +132,10 @@ struct Rows {
     std::unique_ptr<uint8_t[]> data;
     std::unique_ptr<float[]> scales;
 
-    static int words_of(int inputs) { return rounded_up(inputs, 64) / 4; }  // 64 bytes are a row of a tile
+    static int words_of(int inputs) { return rounded_up(inputs, TILE_BYTES) / 4; }
 
     Rows(const float *x, int rows, int stride, int inputs)
-        : words(words_of(inputs)), data(new uint8_t[size_t(rounded_up(rows, 16)) * words * 4]), scales(new float[rows]) {
+        : words(words_of(inputs)), data(new uint8_t[size_t(rounded_up(rows, TILE_ROWS)) * words * 4]), scales(new float[rows]) {
         for (int m = 0; m < rows; m++) narrow(x + size_t(m) * stride, inputs, data.get() + size_t(m) * words * 4, scales[m]);
     }
 
@@ -168,7 +168,7 @@ struct Rows {
     }
 };
 
-// write(row, column, y) of vector j of the panel from output n on, for its sums without the shift.
+// write(row, column, y): vector j of the panel from output n on, of its sums without the shift.
 template <class Write>
 INLINE void scaled(const Rows &x, const Weight &weight, int row, int n, int j, Ints sums, Write write) {
     const int column = n + j * LANES<float>;
@@ -202,7 +202,7 @@ template <class Write>
 INLINE void gemm_int8(const Rows &x, int rows, const Weight &weight, Write write) {
     const auto *panels = static_cast<const int32_t *>(weight.data);
 #if defined(HAS_AMX)
-    if (rows > FEWEST_FOR_TILES && may_use_tiles()) {
+    if (rows >= FEWEST_FOR_TILES && may_use_tiles()) {
         const Tiles tiles;
         Ints sums[WIDE][TILE_ROWS];
         for (int n = 0; n < weight.outputs; n += panel_width<float>()) {
