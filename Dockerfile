@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # Nested Runtime. docker build -t nested-runtime .                        on the CPU
-#                 docker build -t nested-runtime:cuda --target cuda .     on an NVIDIA GPU
+#                 docker build -t nested-runtime:cuda --target cuda .     with CUDA's torch
 # The RUN lines of the CPU image are replayed without an engine by `make test-container`.
 FROM python:3.11-slim-bookworm AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1

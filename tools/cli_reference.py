@@ -53,11 +53,12 @@ def page() -> str:
 
 
 def _own(command: argparse.ArgumentParser, shared: set[int]) -> list[argparse.Action]:
-    """Its arguments but for help and those of every command."""
+    """Its arguments but for help, version and those of every command."""
     return [
         action
         for action in command._actions
-        if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction) and id(action) not in shared
+        if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction | argparse._VersionAction)
+        and id(action) not in shared
     ]
 
 

@@ -41,7 +41,11 @@ def _shared() -> argparse.ArgumentParser:
     """Options of every command. They may stand before or after it, so no default may overwrite a value given before."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument("--base-url", metavar="URL", help=f"the server; else NESTED_BASE_URL, else {DEFAULT_BASE_URL}")
-    shared.add_argument("--api-key", metavar="KEY", help="else NESTED_API_KEY (better: a key here shows in `ps`)")
+    shared.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="else NESTED_API_KEY, of nested admin NESTED_ADMIN_KEY (a key here shows in `ps`)",
+    )
     shared.add_argument(
         "--timeout", metavar="SECONDS", type=_positive, help="longest wait for the server (default 600)"
     )

@@ -79,7 +79,7 @@ export const history = async (id) => (await json("GET", session(id, "/history"))
 export const snapshots = async (id) => (await json("GET", session(id, "/snapshots"))).data;
 export const levels = async (id, version) => (await json("GET", session(id, `/levels?version=${version}`))).data;
 
-/** Changes, all with the version that this tab believes to be the newest. */
+/** Changes; those of the memory itself with the version that this tab believes to be the newest. */
 export const reset = (id, version, names) =>
   json("POST", session(id, "/reset"), { body: { levels: names ?? "all" }, version });
 export const restore = (id, version, from) => json("POST", session(id, "/restore"), { body: from, version });

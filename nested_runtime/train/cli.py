@@ -38,7 +38,10 @@ def _parser() -> argparse.ArgumentParser:
         "levels of the model are trained then",
     )
     parser.add_argument(
-        "--data", required=True, type=Path, help="folder of .jsonl[.zst] files with `text` or `messages`"
+        "--data",
+        required=True,
+        type=Path,
+        help="folder of pretrain_1*.jsonl[.zst] with `text` and chat_1* with `messages`",
     )
     parser.add_argument("--out", required=True, type=Path, help="run folder; an existing run is resumed")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """Training data: text and chats from a data folder, memory dialogues from the generator, packed into carried lanes.
 
-`--data` names a folder of zstd or plain JSONL files: rows with `text` (prose) or `messages` ([{role, content}], chats).
+`--data` names a folder of zstd or plain JSONL files: pretrain_1*.jsonl[.zst] of rows with `text` (prose) and chat_1* of
+rows with `messages` ([{role, content}], chats).
 Files whose name holds `CC-BY-SA` are left out: shipped weights are trained on permissive rows only.
 """
 
