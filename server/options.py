@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--drain-seconds", type=float, help="how long SIGTERM then waits for running turns (default 20)")
     add("--consolidate-after", type=float, metavar="S", help="consolidate idle sessions when idle (default 0: never)")
     add("--consolidate-decay", type=float, metavar="X", help="what faster levels lose then, 0 to 1 (default 0)")
-    _add_limits(parser.add_argument_group("limits"))
+    by_environment = "NESTED_<NAME> sets them too, but for max-body-bytes, requests-in-flight and sweep-seconds"
+    _add_limits(parser.add_argument_group("limits", by_environment))
     add("--log-ids", action="store_true", help="log tenant and session ids in plain text instead of hashes")
     add("--log-format", choices=("text", "json"), help="json: one object a line (default text)")
     add("--otlp-endpoint", metavar="URL", help="send traces to this OpenTelemetry collector (extra: otel)")

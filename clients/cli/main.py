@@ -44,7 +44,7 @@ def _shared() -> argparse.ArgumentParser:
     shared.add_argument(
         "--api-key",
         metavar="KEY",
-        help="else NESTED_API_KEY, of nested admin NESTED_ADMIN_KEY (a key here shows in `ps`)",
+        help="else NESTED_API_KEY, of nested admin NESTED_ADMIN_KEY (better: a key here shows in `ps`)",
     )
     shared.add_argument(
         "--timeout", metavar="SECONDS", type=_positive, help="longest wait for the server (default 600)"
