@@ -24,7 +24,17 @@ from nested_runtime.errors import ConfigError, RequestError
 from nested_runtime.hub_tokenizer import HubTokenizer
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.dense import echo_drill, pairs_drill
-from nested_runtime.train.dialogues import Dialogue, DialogueSpec, Weights, Writer, compose, copy_drill, stage
+from nested_runtime.train.dialogues import (
+    Dialogue,
+    DialogueSpec,
+    Message,
+    Span,
+    Weights,
+    Writer,
+    compose,
+    copy_drill,
+    stage,
+)
 from nested_runtime.train.templated import FIRST, templated
 
 __all__ = ["Corpus", "Lanes", "Mixture", "Segment", "Session", "read_rows", "render_dialogue"]
@@ -35,6 +45,8 @@ DRILLS = {"echo": echo_drill, "pairs": pairs_drill, "drill": copy_drill}
 SHORT = 192  # sessions below so many tokens get another part before the filler
 NEAREST = 64  # tokens of the shortest stretch of chat inside a dialogue
 FEW_SHARE, MANY_SHARE = 0.12, 0.4  # dialogues with one or two facts; with up to 22 (at the end)
+AMONG = 0.5  # share of the turns behind such a stretch that have some more of it before them
+SCRAPS = 0.5  # share of the stretches that are made of exchanges from everywhere instead of whole chats
 PAUSE = 0.02  # share of texts among the turns that fill a session's last segment
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
@@ -187,8 +199,11 @@ def render_dialogue(dialogue: Dialogue, tokenizer: Tokenizer) -> Session:
         for token, end in encoding:
             tokens.append(token)
             begin, weight = next(((b, w) for b, e, w in borders if b < end <= e), (0, borders[-1][2] if borders else 0))
-            is_first = weight == Weights.value and last <= begin
-            weights.append(weight * FIRST if is_first else weight)
+            if weight == Weights.value and last <= begin:
+                weight *= FIRST
+            elif weight == Weights.answer and last == 0 and message.role == "assistant":
+                weight = Weights.opening
+            weights.append(weight)
             last = end
         tokens.append(tokenizer.end_id)
         weights.append(1.0 if message.role == "assistant" else 0.1)
@@ -291,17 +306,24 @@ class Lanes:
         return self._dialogue() if kind == "dialogue" else self._text(kind == "chat")
 
     def _dialogue(self) -> Session:
-        """A memory dialogue; some have an unrelated stretch of chat between two of their turns."""
+        """A memory dialogue; some have unrelated chat between two of their turns, and then before many later ones.
+
+        Every question behind it has to be told from chat, not only the first one.
+        """
         dialogue, self._writer = compose(self.rng, self.split, self._spec(), self._talk())
         if self.rng.random() >= self.mixture.far * self.progress or len(dialogue.messages) < 4:
             return render_dialogue(dialogue, self.tokenizer)
         cut = 2 * self.rng.randint(1, len(dialogue.messages) // 2 - 1)
         parts = [render_dialogue(replace(dialogue, messages=dialogue.messages[:cut]), self.tokenizer)]
         left = math.exp(self.rng.uniform(math.log(NEAREST), math.log(self.mixture.farthest)))
+        scraps = self.rng.random() < SCRAPS
         while left > 0:
-            parts.append(self._text(chat=True))
+            parts.append(self._scraps() if scraps else self._text(chat=True))
             left -= len(parts[-1].tokens)
-        parts.append(render_dialogue(replace(dialogue, messages=dialogue.messages[cut:]), self.tokenizer))
+        for at in range(cut, len(dialogue.messages), 2):
+            if at > cut and self.rng.random() < AMONG:
+                parts.append(self._scraps())
+            parts.append(render_dialogue(replace(dialogue, messages=dialogue.messages[at : at + 2]), self.tokenizer))
         return _joined(parts)
 
     def _spec(self) -> DialogueSpec:
@@ -315,6 +337,15 @@ class Lanes:
 
     def _talk(self) -> list[list[tuple[str, str]]]:
         return self.rng.choices(self.corpus.small_talk, k=8)
+
+    def _scraps(self) -> Session:
+        """A few exchanges, each of another chat."""
+        messages: list[Message] = []
+        for _ in range(self.rng.randint(1, 4)):
+            user, assistant = self.rng.choice(self.rng.choice(self.corpus.small_talk))
+            messages.append(Message("user", (Span(user, Weights.user),), idle=True))
+            messages.append(Message("assistant", (Span(assistant, Weights.small_talk),), idle=True))
+        return render_dialogue(Dialogue(tuple(messages), ()), self.tokenizer)
 
     def _text(self, chat: bool) -> Session:
         ids = self.rng.choice(self.corpus.chats if chat else self.corpus.prose)[: 4 * self.length]

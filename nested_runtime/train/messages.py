@@ -13,6 +13,7 @@ class Weights:
 
     value = 3.0
     answer = 1.0
+    opening = 2.5  # first token of an answer: whether memory is asked at all, or people chat
     ack_value = 2.4
     ack = 1.8
     user = 0.1

@@ -25,6 +25,7 @@ from nested_runtime.models.loading import build, save_model
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.checkpoint import load_run, save_run
 from nested_runtime.train.data import KINDS, Corpus, Lanes, Mixture
+from nested_runtime.train.dropout import drop_mlps
 from nested_runtime.train.heap import EVERY, trim
 from nested_runtime.train.muon import Muon
 from nested_runtime.train.quiet import Quiet
@@ -56,6 +57,7 @@ class TrainConfig:
     carry_kv: bool = True  # False: every segment begins with an empty window, so that levels alone can remember
     copy_blocks: Sequence[int] = ()  # of --from, see `copy_blocks.py`
     copy_heads: Mapping[str, str] = field(default_factory=dict)  # of --from with its copied blocks, see `copy_heads.py`
+    dropout: float = 0.0  # of what MLPs add to the stream
     quiet: float = 0.0  # price of writing text that tells nothing into memories that keep it; 0: free
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
@@ -69,6 +71,8 @@ class TrainConfig:
         for name in ("lr_matrix", "lr_other", "cooldown", "clip", "curriculum"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"config field {name!r} must be a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"config field 'dropout' must be at least 0 and below 1, got {self.dropout}")
         if not 0 <= self.quiet < math.inf:
             raise ConfigError(f"config field 'quiet' must be a number, at least 0, got {self.quiet}")
 
@@ -103,6 +107,8 @@ class Trainer:
         self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
         self.bf16 = config.bf16 if config.bf16 is not None else _has_bf16(self.device)
         self.model: LanguageModel = config.build().to(self.device)
+        if config.dropout:
+            drop_mlps(self.model, config.dropout)
         self.corpus = corpus
         self.lanes = self._train_lanes()
         self.quiet = Quiet(self.model) if config.quiet else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_the_heaviest_tokens_spell_the_values(small_tokenizer: Tokenizer, seed: 
 
 def test_weights_of_a_message_by_hand(small_tokenizer: Tokenizer) -> None:
     """A value at the very start keeps its leading space, one in the middle ends before the full stop; its first token
-    weighs double."""
+    weighs double, that of an answer what an opening does."""
     for spans in (
         (Span("7 Éclair", 3.0), Span(" is right.", 1.0)),
         (Span("It is", 1.0), Span(" 😀 Zephlo", 3.0), Span(".", 0.5)),
@@ -106,8 +107,10 @@ def test_weights_of_a_message_by_hand(small_tokenizer: Tokenizer) -> None:
             mine = []
             while small_tokenizer.decode(mine) != text:
                 mine.append(ids[at])
-                first = FIRST if span.weight == Weights.value and not mine[1:] else 1.0
-                assert weights[at + 1] == span.weight * first, text
+                expected = span.weight * (FIRST if span.weight == Weights.value and not mine[1:] else 1.0)
+                if at == 0 and span.weight == Weights.answer:
+                    expected = Weights.opening
+                assert weights[at + 1] == expected, text
                 at += 1
         assert at == len(ids)
 
@@ -146,7 +149,16 @@ def test_a_lane_is_its_sessions_cut_up(corpus: Corpus, small_tokenizer: Tokenize
         assert weights[0].tolist() == session.weights[at + 1 : at + 33].tolist()
         assert idle[0].tolist() == session.idle[at : at + 32].tolist()
         at += 32
-    whole = {1.0, Weights.ack, Weights.ack_value, Weights.unknown, Weights.untold, Weights.value, Weights.value * FIRST}
+    whole = {
+        1.0,
+        Weights.opening,
+        Weights.ack,
+        Weights.ack_value,
+        Weights.unknown,
+        Weights.untold,
+        Weights.value,
+        Weights.value * FIRST,
+    }
     drawn = {round(float(w), 4) for w in np.unique(session.weights)}
     assert drawn <= {0.0} | whole, "small weights become rare whole ones"
     assert (session.weights == Weights.value).any()
@@ -169,6 +181,24 @@ def test_all_but_tellings_and_answers_is_idle(corpus: Corpus, small_tokenizer: T
     assert Weights.value * FIRST in kept
     assert not idle & {Weights.value, Weights.value * FIRST, Weights.ack_value}
     assert not lanes._draw().idle.all()
+
+
+def test_many_turns_behind_a_stretch_of_chat_follow_chat(
+    corpus: Corpus, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chat of the corpus comes back again and again between the later turns; without a stretch there is none."""
+    dense = replace(stage(1.0), small_talk=(0, 0), p_embedded=0.0, p_correction=0.0, questions=(8, 8))
+    monkeypatch.setattr(Lanes, "_spec", lambda self: dense)
+    for far in (0.0, 1.0):
+        lanes = Lanes(corpus, small_tokenizer, 1, 32, 4, replace(only("dialogue"), far=far, farthest=64), progress=1.0)
+        returns = []
+        for _ in range(20):
+            tokens = lanes._dialogue().tokens
+            turns = np.split(tokens, np.flatnonzero(tokens == small_tokenizer.role_id("user")))[1:]
+            texts_of = [small_tokenizer.decode(turn.tolist()) for turn in turns]
+            chats = ["How was day" in text or "And the weather?" in text for text in texts_of]
+            returns.append(sum(now and not before for before, now in pairwise(chats)))
+        assert max(returns) == 0 if far == 0 else sum(returns) > 1.5 * len(returns), returns
 
 
 def test_lanes_are_a_function_of_the_seed(corpus: Corpus, small_tokenizer: Tokenizer) -> None:

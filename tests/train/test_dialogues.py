@@ -343,3 +343,12 @@ def test_generation_is_fast() -> None:
     for seed in range(200):
         make(seed)
     assert 200 / (time.process_time() - start) > 100
+
+
+def test_training_calls_people_what_no_list_does() -> None:
+    """Some relatives are invented, in training alone; measured splits draw them from their lists."""
+    rng = random.Random(3)
+    for split in SPLITS:
+        drawn = [keys.draw_key(("relative",), False, values.Values.of(split), rng)[0]["s"] for _ in range(2000)]
+        unheard = sum(word not in values.Values.of(split).own("relatives") for word in drawn)
+        assert 0.05 < unheard / len(drawn) < 0.11 if split == "train" else unheard == 0, split
