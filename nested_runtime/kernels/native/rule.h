@@ -235,6 +235,11 @@ void generate(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T, S>
     }
 }
 
+template <bool B>
+struct Is {
+    constexpr operator bool() const { return B; }
+};
+
 // Second sweep of one token, `rows` <= V rows from r on: each is loaded once for all its products (as in `products`).
 template <class T, bool MEM, bool WHOLE, int DIM, class S>
 INLINE void look_block(int some_dim, int rows, const T *x, const S *b, const T *u, const T *k, const T *q, T *error,
@@ -269,19 +274,16 @@ void look_few(const Rule &rule, int begin, int end, int done, const Head<T, S> &
         const T *k = head.tail_k + size_t(done + i) * dim, *u = work.u + size_t(i) * wide, *q = work.q + size_t(i) * wide;
         T *error = work.error + size_t(i) * work.tall, *seen = work.seen + size_t(i) * work.tall;
         T *read = work.read + size_t(i) * wide, *base = work.base + size_t(i) * wide;
-        for (int r = 0; r < rows;) {
+        auto block = [&](int r, auto of_mem) INLINED {
+            constexpr bool MEM = of_mem;
             const size_t at = size_t(r) * dim;
-            const T *x = head.anchor + at;
-            const S *b = head.start + at;
+            const int to = MEM ? r - mem : 0;
             head.ahead->fetch();
-            if (r < mem) {
-                look_block<T, false, WHOLE, DIM>(dim, mem - r, x, b, u, k, q, error + r, seen + r, read, base);
-                r = std::min(mem, r + LANES<T>);
-            } else {
-                look_block<T, true, WHOLE, DIM>(dim, rows - r, x, b, u, k, q, error + r, seen + r, read + r - mem, base + r - mem);
-                r += LANES<T>;
-            }
-        }
+            look_block<T, MEM, WHOLE, DIM>(dim, (MEM ? rows : mem) - r, head.anchor + at, head.start + at, u, k, q, error + r, seen + r, read + to, base + to);
+        };
+        // Backwards: what the first sweep read last is still in the first cache.
+        for (int r = rounded_up(mem, LANES<T>) - LANES<T>; r >= 0; r -= LANES<T>) block(r, Is<false>());
+        for (int r = mem; r < rows; r += LANES<T>) block(r, Is<true>());
     }
 }
 
