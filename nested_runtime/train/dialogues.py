@@ -269,7 +269,8 @@ class Writer:
         As trained models do, it takes the fact for one of another relation, names a word beside the value, or chats.
         """
         known, own = fact.assistant.keys(), {t.text for t in fact.relation.acks}
-        heard = [t for r in relations().values() for t in r.acks if t.fields <= known and t.text not in own]
+        others = [r for r in relations().values() if not (r.bare_value and fact.value.startswith(("a ", "an ")))]
+        heard = [t for r in others for t in r.acks if t.fields <= known and t.text not in own]
         fields, shape = fact.assistant, self.rng.random()
         beside = [w for w in WORD.findall(self.messages[-1].content) if not mentions(fact.value.lower(), w.lower())]
         if shape < 0.4 and beside:
