@@ -12,6 +12,7 @@ import io
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +49,14 @@ FEW_SHARE, MANY_SHARE = 0.12, 0.4  # dialogues with one or two facts; with up to
 AMONG = 0.5  # share of the turns behind such a stretch that have some more of it before them
 SCRAPS = 0.5  # share of the stretches that are made of exchanges from everywhere instead of whole chats
 PAUSE = 0.02  # share of texts among the turns that fill a session's last segment
+# What memory would be asked, too: for who, when or which, and not about the assistant.
+ASKS = re.compile(
+    r"(?:^|[.!?,] )(?:(?:and|so|but|ok|okay|oh|well|wow|hmm|yes|no|hi|hello),? )*"
+    r"(?:(?:who|what|when|where|which|whose|how (?:many|much|old|long|far|tall|big))\b"
+    r"(?![^.!?]*\b(?:you|your|yours|u|we|us)\b)|(?:do|did) you (?:know|remember)\b|(?:can|could) you tell\b)"
+    r"[^.!?]*\?\s*$",
+    re.IGNORECASE,
+)
 PROSE_FILES, CHAT_FILES = ("pretrain_1",), ("chat_1",)
 
 
@@ -114,6 +123,7 @@ class Corpus:
     """Tokenised prose and chats, and short exchanges to serve as small talk inside dialogues."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, *, held_out: bool = False) -> None:
+        """Raises ConfigError where the folder holds no prose or no chats; `held_out` is for evaluation."""
         self.prose = [
             np.array([*tokenizer.encode(d.text), tokenizer.end_id], dtype=np.uint32)
             for d in documents(folder, PROSE_FILES)
@@ -124,15 +134,32 @@ class Corpus:
         for d in documents(folder, CHAT_FILES):
             if d.held_out != held_out:
                 continue
+            messages = d.messages if held_out else _without_asks(d.messages)
+            if not messages:
+                continue
             try:
-                ids = tokenizer.render(({"role": r, "content": c} for r, c in d.messages), add_generation_prompt=False)
+                ids = tokenizer.render(({"role": r, "content": c} for r, c in messages), add_generation_prompt=False)
             except RequestError:  # a chat template that wants other roles
                 continue
             self.chats.append(np.array(ids, dtype=np.uint32))
-            self.small_talk.append(_exchanges(d.messages))
+            self.small_talk.append(_exchanges(messages))
         self.small_talk = [s for s in self.small_talk if s]
         if not self.prose or not self.chats:
             raise ConfigError(f"--data {folder} holds no prose ({PROSE_FILES}) or no chats ({CHAT_FILES})")
+
+
+def _without_asks(messages: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """The chat without turns that ask what memory would be asked and get an answer that nobody told.
+
+    A model that learned these would take a question about memory for chat after some minutes of chat.
+    """
+    out: list[tuple[str, str]] = []
+    asked = False
+    for role, content in messages:
+        asked = ASKS.search(content) is not None if role == "user" else asked and role == "assistant"
+        if not asked:
+            out.append((role, content))
+    return tuple(out)
 
 
 def _exchanges(messages: tuple[tuple[str, str], ...], longest: int = 120) -> list[tuple[str, str]]:

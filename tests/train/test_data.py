@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nested_runtime.errors import ConfigError
 from nested_runtime.tokenizer import Tokenizer
+from nested_runtime.train import data
 from nested_runtime.train.data import FIRST, KINDS, Corpus, Lanes, Mixture, read_rows, render_dialogue, texts
 from nested_runtime.train.dialogues import copy_drill, generate, stage
 from nested_runtime.train.messages import Dialogue, Message, Span, Weights
@@ -36,6 +37,20 @@ def test_plain_and_packed_files_are_read(data_folder: Path) -> None:
 
 def test_share_alike_files_are_left_out(data_folder: Path) -> None:
     assert not any("Forbidden" in text for text in texts(data_folder))
+
+
+@pytest.mark.parametrize(
+    ("asked", "stays"),
+    [("Who directed it?", False), ("I like it. So, which one is that?", False), ("When is the game", True),
+     ("Do you remember the scene with the yacht?", False), ("how old is she?", False), ("I know who did it.", True),
+     ("What do you think of it?", True), ("Where are you from?", True), ("Did you like it?", True),
+     ("Who is it? I can tell.", True)],
+)  # fmt: skip
+def test_chats_answer_nothing_that_memory_is_asked(asked: str, stays: bool) -> None:
+    """Questions for facts go with their answers; opinions, questions about the assistant and statements stay."""
+    before, after = (("user", "Hi!"), ("assistant", "Hello.")), (("user", "Bye."), ("assistant", "See you!"))
+    turn = (("user", asked), ("assistant", "Orson Welles."))
+    assert data._without_asks((*before, *turn, *after)) == (*before, *(turn if stays else ()), *after)
 
 
 def test_held_out_documents_are_the_rest(data_folder: Path, corpus: Corpus, small_tokenizer: Tokenizer) -> None:
