@@ -2,6 +2,7 @@
 
 `--data` names a folder of zstd or plain JSONL files: pretrain_1*.jsonl[.zst] of rows with `text` (prose) and chat_1* of
 rows with `messages` ([{role, content}], chats).
+Turns of chats that ask what memory would be asked are left out, see `ASKS`.
 Files whose name holds `CC-BY-SA` are left out: shipped weights are trained on permissive rows only.
 """
 
@@ -25,17 +26,8 @@ from nested_runtime.errors import ConfigError, RequestError
 from nested_runtime.hub_tokenizer import HubTokenizer
 from nested_runtime.tokenizer import Tokenizer
 from nested_runtime.train.dense import echo_drill, pairs_drill
-from nested_runtime.train.dialogues import (
-    Dialogue,
-    DialogueSpec,
-    Message,
-    Span,
-    Weights,
-    Writer,
-    compose,
-    copy_drill,
-    stage,
-)
+from nested_runtime.train.dialogues import Writer, compose, copy_drill
+from nested_runtime.train.messages import Dialogue, DialogueSpec, Message, Span, Weights, stage
 from nested_runtime.train.templated import FIRST, templated
 
 __all__ = ["Corpus", "Lanes", "Mixture", "Segment", "Session", "read_rows", "render_dialogue"]

@@ -13,7 +13,9 @@ class Weights:
 
     value = 3.0
     answer = 1.0
-    opening = 2.5  # first token of an answer: whether memory is asked at all, or people chat
+    # First token of an answer: whether memory is asked at all, or people chat. Not under a checkpoint's own chat
+    # template, and not above `trainer.VALUE_WEIGHT`: it is no value.
+    opening = 2.5
     ack_value = 2.4
     ack = 1.8
     user = 0.1

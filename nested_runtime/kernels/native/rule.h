@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -235,11 +236,6 @@ void generate(const Rule &rule, const Inputs<T> &in, int n, int done, Head<T, S>
     }
 }
 
-template <bool B>
-struct Is {
-    constexpr operator bool() const { return B; }
-};
-
 // Second sweep of one token, `rows` <= V rows from r on: each is loaded once for all its products (as in `products`).
 template <class T, bool MEM, bool WHOLE, int DIM, class S>
 INLINE void look_block(int some_dim, int rows, const T *x, const S *b, const T *u, const T *k, const T *q, T *error,
@@ -282,8 +278,8 @@ void look_few(const Rule &rule, int begin, int end, int done, const Head<T, S> &
             look_block<T, MEM, WHOLE, DIM>(dim, (MEM ? rows : mem) - r, head.anchor + at, head.start + at, u, k, q, error + r, seen + r, read + to, base + to);
         };
         // Backwards: what the first sweep read last is still in the first cache.
-        for (int r = rounded_up(mem, LANES<T>) - LANES<T>; r >= 0; r -= LANES<T>) block(r, Is<false>());
-        for (int r = mem; r < rows; r += LANES<T>) block(r, Is<true>());
+        for (int r = rounded_up(mem, LANES<T>) - LANES<T>; r >= 0; r -= LANES<T>) block(r, std::false_type());
+        for (int r = mem; r < rows; r += LANES<T>) block(r, std::true_type());
     }
 }
 
